@@ -1,0 +1,100 @@
+# make demo | test | lint | bench | soak | clean. A bare machine needs cargo (1.88+ with clippy and rustfmt), a C linker,
+# python3 (3.11+) with venv, and make; everything else lands in .venv and target/. `.ci/run` calls `make test`.
+#
+# Two builds, by intent. Rust tests run in the dev profile, whose overflow checks and debug assertions are half of
+# their worth; Python tests, demo and benches run on the wheel as it is shipped, which is a release build. Sharing one
+# profile was weighed: testing a dev wheel would leave what users get untested, and `cargo test --release` would drop the
+# checks and run thin LTO for every test executable. The release pass costs about half a minute of two cores more.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test lint lint-rust lint-python lint-stubs lint-licences test-rust test-python bench soak clean help
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+
+# What the wheel is made of: a change of any of it, and of nothing else, makes a new one.
+WHEEL_SOURCES := pyproject.toml Cargo.toml Cargo.lock .cargo/config.toml $(wildcard README.md) \
+	$(shell find protocol kernels daemon pylib \( -name '*.rs' -o -name Cargo.toml \) -not -path '*/tests/*' -not -path '*/benches/*') \
+	$(shell find pylib/python -type f -not -name '*.so' -not -path '*/__pycache__/*')
+RUFF_PATHS := $(wildcard pylib/python tests benches demo)
+
+# The weights of a real model (one safetensors file) for the demo, the benches and the tests marked `weights`:
+#   make test WEIGHTS=/path/to/model.safetensors
+ifneq ($(WEIGHTS),)
+export SHMQUANT_WEIGHTS := $(abspath $(WEIGHTS))
+endif
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+demo: $(VENV)/.wheel
+	$(PY) demo/demo.py $(DEMO_ARGS)
+
+# The quick ones first: a badly formatted line is told within seconds. One after the other also under -j, since all of
+# them want the same two cores and the same build folder.
+test:
+	$(MAKE) --no-print-directory lint-rust
+	$(MAKE) --no-print-directory lint-python
+	$(MAKE) --no-print-directory lint-licences
+	$(MAKE) --no-print-directory test-rust
+	$(MAKE) --no-print-directory lint-stubs
+	$(MAKE) --no-print-directory test-python
+
+lint: lint-rust lint-python lint-stubs lint-licences
+
+lint-rust:
+	cargo fmt --all --check
+	@cargo metadata --locked --format-version 1 >/dev/null \
+		|| { echo "hint: Cargo.lock is behind; run 'cargo check' and commit it" >&2; exit 1; }
+	cargo clippy --workspace --all-targets -- -D warnings
+
+lint-python: $(VENV)/.requirements
+	$(VENV)/bin/ruff check $(RUFF_PATHS)
+	$(VENV)/bin/ruff format --check $(RUFF_PATHS)
+	$(VENV)/bin/mypy
+
+# The stubs against the extension as installed: each name, signature and default.
+lint-stubs: $(VENV)/.wheel
+	$(VENV)/bin/stubtest shmquant._native --mypy-config-file pyproject.toml
+
+# Advisories need the network and change without us, so they are no gate.
+lint-licences:
+	@if cargo deny --version >/dev/null 2>&1; then \
+		cargo deny --log-level warn check licenses bans sources; \
+	else \
+		echo "cargo-deny is not installed: licences, bans and sources are not checked" >&2; \
+	fi
+
+test-rust:
+	cargo test --workspace --locked $(CARGO_TEST_ARGS)
+
+test-python: $(VENV)/.wheel
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.wheel
+	$(PY) benches/run.py $(BENCH_ARGS)
+
+soak: $(VENV)/.wheel
+	$(PY) tests/soak.py $(SOAK_ARGS)
+
+clean:
+	rm -rf $(VENV) target dist .pytest_cache .ruff_cache .mypy_cache benches/out
+	find pylib tests benches -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
+
+$(VENV)/.requirements: tests/requirements.txt $(VENV)/.created
+	$(PIP) install -r $<
+	touch $@
+
+# The wheel by the door that users take, checked for dependencies that it fails to name.
+$(VENV)/.wheel: $(WHEEL_SOURCES) $(VENV)/.requirements
+	$(PIP) install --force-reinstall --no-deps .
+	$(PIP) check
+	touch $@
