@@ -1,0 +1,139 @@
+//! A client's view of a segment it was sent.
+#![allow(unsafe_code, reason = "a private writable mapping of a file is unsafe to make in memmap2")]
+
+use std::fmt;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use memmap2::{Advice, MmapOptions, MmapRaw};
+use nix::errno::Errno;
+use nix::sys::stat::fstat;
+
+use super::limits::map_refused;
+use super::{Backing, SegmentError, memfd};
+
+/// A segment mapped into this process, unmapped when dropped.
+///
+/// `Send` and `Sync`: it owns an address range and hands out raw pointers only. Whoever dereferences one
+/// answers for the ordering, which the protocol's messages give.
+pub struct Mapping {
+    memory: MmapRaw,
+    access: Access,
+}
+
+/// What a mapping's pages may be used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Access {
+    ReadOnly,
+    Shared,
+    Private,
+}
+
+impl Mapping {
+    /// Maps the first `len` bytes for reading only.
+    ///
+    /// Refuses what could end in SIGBUS: an object shorter than `len`, and for memfds one that can shrink.
+    /// (A POSIX segment can always be truncated by another process of the same user.)
+    pub fn read_only(fd: BorrowedFd<'_>, len: u64, backing: Backing) -> Result<Self, SegmentError> {
+        let len = check(fd, len, backing)?;
+        Self::made(MmapOptions::new().len(len).map_raw_read_only(fd.as_raw_fd()), len, Access::ReadOnly)
+    }
+
+    /// Maps a window or an input for writing. A forked child does not inherit the mapping.
+    pub fn read_write(fd: BorrowedFd<'_>, len: u64, backing: Backing) -> Result<Self, SegmentError> {
+        let len = check(fd, len, backing)?;
+        let mapping = Self::made(MmapOptions::new().len(len).map_raw(fd.as_raw_fd()), len, Access::Shared)?;
+        mapping.advise(Advice::DontFork, "keeping a window from forked children")?;
+        Ok(mapping)
+    }
+
+    /// Maps a result so that writing is harmless: a written page becomes this process's own copy.
+    ///
+    /// For consumers that insist on writable memory, such as torch. Pages that were never written keep
+    /// following the segment.
+    pub fn private_writable(fd: BorrowedFd<'_>, len: u64, backing: Backing) -> Result<Self, SegmentError> {
+        let len = check(fd, len, backing)?;
+        // Without swap reservation: nearly all of the pages will never be copied.
+        let mut options = MmapOptions::new();
+        options.len(len).no_reserve_swap();
+        // SAFETY: the mapping becomes raw at once, so no reference to bytes that may change is ever made;
+        // `check` has made sure that the object is long enough.
+        let made = unsafe { options.map_copy(fd.as_raw_fd()) }.map(MmapRaw::from);
+        Self::made(made, len, Access::Private)
+    }
+
+    /// Where the mapping begins: aligned to a page, valid for [`len`](Self::len) bytes.
+    pub fn as_ptr(&self) -> *const u8 {
+        self.memory.as_ptr()
+    }
+
+    /// Where to write, `None` for a read-only mapping (writing there would be SIGSEGV).
+    pub fn as_mut_ptr(&self) -> Option<*mut u8> {
+        (self.access != Access::ReadOnly).then(|| self.memory.as_mut_ptr())
+    }
+
+    /// Bytes that are mapped.
+    pub fn len(&self) -> usize {
+        self.memory.len()
+    }
+
+    /// Never: nothing of zero bytes is mapped.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Maps all pages now, so that the first use does not fault. A hint: failing changes nothing.
+    pub fn prefault(&self) -> Result<(), SegmentError> {
+        // Populating a private mapping for writing would copy every page of it.
+        let advice = if self.access == Access::Shared { Advice::PopulateWrite } else { Advice::PopulateRead };
+        self.advise(advice, "prefaulting a mapping")
+    }
+
+    fn made(memory: std::io::Result<MmapRaw>, len: usize, access: Access) -> Result<Self, SegmentError> {
+        match memory {
+            Ok(memory) => Ok(Self { memory, access }),
+            Err(error) => Err(map_refused("mapping a segment".to_owned(), len as u64, errno(&error))),
+        }
+    }
+
+    fn advise(&self, advice: Advice, what: &str) -> Result<(), SegmentError> {
+        loop {
+            match self.memory.advise(advice).map_err(|error| errno(&error)) {
+                Ok(()) => return Ok(()),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(SegmentError::Os { what: what.to_owned(), errno }),
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mapping")
+            .field("address", &self.as_ptr())
+            .field("len", &self.len())
+            .field("access", &self.access)
+            .finish()
+    }
+}
+
+/// The errno behind an error of the standard library or memmap2.
+pub(super) fn errno(error: &std::io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EINVAL))
+}
+
+/// Whether every one of the `len` bytes can be touched without SIGBUS, now and later.
+fn check(fd: BorrowedFd<'_>, len: u64, backing: Backing) -> Result<usize, SegmentError> {
+    let max = isize::MAX as u64;
+    let length = match usize::try_from(len) {
+        Ok(length) if (1..=max).contains(&len) => length,
+        _ => return Err(SegmentError::BadSize { size: len, max }),
+    };
+    // Seals before size: once it cannot shrink, the size that is seen stays.
+    if backing == Backing::Memfd {
+        memfd::check_cannot_shrink(fd)?;
+    }
+    let stat =
+        fstat(fd).map_err(|errno| SegmentError::Os { what: "looking at a segment".to_owned(), errno })?;
+    let actual = u64::try_from(stat.st_size).unwrap_or(0);
+    if actual < len { Err(SegmentError::TooShort { expected: len, actual }) } else { Ok(length) }
+}
