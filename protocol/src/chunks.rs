@@ -1,0 +1,228 @@
+//! The chunk list: both sides derive it from the descriptor by the rules of PROTOCOL.md section 5.
+
+use shmquant_kernels::Granularity;
+
+use crate::descriptor::{Body, Descriptor, Role, Spec, Values};
+use crate::field::NodeData;
+
+/// Most bytes of a chunk.
+pub const CHUNK_BYTES: u64 = 1 << 20;
+/// Alignment of chunks in the window and of buffers in a result.
+pub const ALIGN: u64 = 64;
+/// Smallest window: its ring holds several chunks beside the largest descriptor.
+pub const MIN_WINDOW: u64 = 4 << 20;
+
+/// What is done with a chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Bytes go to their final place: buffer number `buffer` of the item (0 is the validity of quantized values, or a layer that stays as it is).
+    Copy {
+        /// Which of the item's buffers, counted in preorder, empty ones included.
+        buffer: u32,
+    },
+    /// Range, parameters and codes of whole domains.
+    Fused,
+    /// First pass: ranges.
+    Scan,
+    /// Second pass, or given parameters: codes.
+    Encode,
+}
+
+/// One independent piece of work and of transfer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chunk {
+    /// Index of its item in the descriptor.
+    pub item: u32,
+    /// What is done with it.
+    pub action: Action,
+    /// First element of the item, or first byte of the buffer for `Copy`.
+    pub first: u64,
+    /// Elements, or bytes for `Copy`.
+    pub count: u64,
+    /// Bytes in the window.
+    pub bytes: u64,
+    /// Where it lies, from the window's start.
+    pub at: u64,
+    /// Ring cursor at which it starts (streamed mode).
+    pub start: u64,
+    /// It lies where an earlier Scan chunk put it: nothing is written.
+    pub shared: bool,
+}
+
+/// The chunks of a request and how they pass through a window.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChunkList {
+    /// In the order in which they are written and started.
+    pub chunks: Vec<Chunk>,
+    /// First byte of the ring.
+    pub base: u64,
+    /// Bytes of the ring.
+    pub capacity: u64,
+    /// Every chunk has a place of its own: nothing is overwritten.
+    pub resident: bool,
+}
+
+impl ChunkList {
+    /// The chunks of `descriptor`, whose encoded form takes `descriptor_bytes` at the start of a window of `window` bytes.
+    pub fn new(descriptor: &Descriptor, descriptor_bytes: u64, window: u64) -> Self {
+        let mut chunks = Vec::new();
+        for (index, item) in descriptor.items.iter().enumerate() {
+            let index = index as u32;
+            match &item.body {
+                Body::Values(v) => value_chunks(&mut chunks, index, v, descriptor.spec(v)),
+                Body::Keep { data, .. } => {
+                    let mut buffer = 0;
+                    kept_chunks(&mut chunks, index, data, &mut buffer);
+                }
+            }
+        }
+        let base = descriptor_bytes.next_multiple_of(ALIGN);
+        let capacity = window.saturating_sub(base) / ALIGN * ALIGN;
+        let mut list = Self { chunks, base, capacity, resident: false };
+        list.place();
+        list
+    }
+
+    /// The number of chunks that may be written when all below `consumed` are consumed.
+    pub fn writable(&self, consumed: usize) -> usize {
+        if self.resident {
+            return self.chunks.len();
+        }
+        let Some(free_from) = self.chunks.get(consumed).map(|c| c.start) else { return self.chunks.len() };
+        let fits = |c: &Chunk| c.start + c.bytes.next_multiple_of(ALIGN) - free_from <= self.capacity;
+        consumed + self.chunks[consumed..].partition_point(fits)
+    }
+
+    /// Ring bytes freed when the watermark moves from `before` to `after`.
+    pub fn freed(&self, before: usize, after: usize) -> u64 {
+        let start = |i: usize| self.chunks.get(i).or(self.chunks.last()).map_or(0, |c| c.start);
+        start(after) - start(before)
+    }
+
+    /// Decides the mode and gives every chunk its place. `shared` comes in as "second pass over scanned elements".
+    fn place(&mut self) {
+        let room = |c: &Chunk| c.bytes.next_multiple_of(ALIGN);
+        let total = self.chunks.iter().filter(|c| !c.shared).map(room).fold(0, u64::saturating_add);
+        self.resident = total <= self.capacity;
+        let mut cursor = 0u64;
+        let mut scans = 0;
+        for i in 0..self.chunks.len() {
+            let mut chunk = self.chunks[i];
+            // Scan chunks of an item are followed by as many Encode chunks over the same elements.
+            scans = match chunk.action {
+                Action::Scan
+                    if i > 0
+                        && self.chunks[i - 1].action == Action::Scan
+                        && self.chunks[i - 1].item == chunk.item =>
+                {
+                    scans + 1
+                }
+                Action::Scan => 1,
+                _ => scans,
+            };
+            chunk.shared &= self.resident;
+            if chunk.shared {
+                chunk.at = self.chunks[i - scans].at;
+                chunk.start = cursor;
+            } else {
+                let (size, end) = (room(&chunk), cursor + room(&chunk));
+                let crosses =
+                    size > 0 && self.capacity > 0 && cursor / self.capacity != (end - 1) / self.capacity;
+                chunk.start = if crosses { cursor.next_multiple_of(self.capacity) } else { cursor };
+                chunk.at = self.base + chunk.start.checked_rem(self.capacity).unwrap_or(0);
+                cursor = chunk.start + size;
+            }
+            self.chunks[i] = chunk;
+        }
+    }
+}
+
+/// Bytes of the validity bitmap of an item.
+pub fn validity_bytes(values: &Values) -> u64 {
+    if values.null_count == 0 { 0 } else { values.rows.div_ceil(8) }
+}
+
+fn value_chunks(out: &mut Vec<Chunk>, item: u32, values: &Values, spec: &Spec) {
+    let elements = values.elements();
+    copy_chunks(out, item, 0, validity_bytes(values));
+    if elements == 0 {
+        return;
+    }
+    let size = values.dtype.size() as u64;
+    let Some(_) = spec.affine else {
+        copy_chunks(out, item, 0, elements * size);
+        return;
+    };
+    let most = CHUNK_BYTES / size;
+    let (rows, k) = (values.rows, values.k);
+    let aligned = values.role != Role::Layer || k % 8 == 0 || rows == 1;
+    let whole_rows = k.saturating_mul(8) <= most || (aligned && k <= most);
+    let row_run = whole_rows.then(|| {
+        let n = most / k;
+        k * if aligned { n } else { n / 8 * 8 }
+    });
+    let mut push = |action, shared, first, count| {
+        out.push(Chunk { item, action, first, count, bytes: count * size, at: 0, start: 0, shared });
+    };
+    if values.params.is_none() {
+        let group = u64::from(spec.group_size);
+        match spec.granularity {
+            Granularity::Tensor | Granularity::Dimension if elements <= most => {
+                return push(Action::Fused, false, 0, elements);
+            }
+            Granularity::Row | Granularity::Group if whole_rows => {
+                let run = row_run.unwrap_or(elements);
+                return runs(elements, run, |first, count| push(Action::Fused, false, first, count));
+            }
+            Granularity::Group if aligned && group.saturating_mul(8) <= most => {
+                let run = 8 * group * (most / (8 * group));
+                return runs_in_rows(rows, k, run, |first, count| push(Action::Fused, false, first, count));
+            }
+            _ => {}
+        }
+    }
+    let mut pass = |action, shared| {
+        let each = |first, count| push(action, shared, first, count);
+        match (values.role, row_run) {
+            (Role::Layer, _) => runs(elements, most, each),
+            (_, Some(run)) => runs(elements, run, each),
+            (_, None) => runs_in_rows(rows, k, most, each),
+        }
+    };
+    if values.params.is_none() {
+        pass(Action::Scan, false);
+    }
+    pass(Action::Encode, values.params.is_none());
+}
+
+fn runs(total: u64, run: u64, mut each: impl FnMut(u64, u64)) {
+    let mut first = 0;
+    while first < total {
+        let count = run.min(total - first);
+        each(first, count);
+        first += count;
+    }
+}
+
+fn runs_in_rows(rows: u64, k: u64, run: u64, mut each: impl FnMut(u64, u64)) {
+    for row in 0..rows {
+        runs(k, run, |first, count| each(row * k + first, count));
+    }
+}
+
+fn copy_chunks(out: &mut Vec<Chunk>, item: u32, buffer: u32, bytes: u64) {
+    runs(bytes, CHUNK_BYTES, |first, count| {
+        let action = Action::Copy { buffer };
+        out.push(Chunk { item, action, first, count, bytes: count, at: 0, start: 0, shared: false });
+    });
+}
+
+fn kept_chunks(out: &mut Vec<Chunk>, item: u32, data: &NodeData, buffer: &mut u32) {
+    for bytes in &data.buffers {
+        copy_chunks(out, item, *buffer, *bytes);
+        *buffer += 1;
+    }
+    for child in &data.children {
+        kept_chunks(out, item, child, buffer);
+    }
+}
