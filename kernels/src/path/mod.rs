@@ -1,0 +1,253 @@
+//! The instruction-set paths: one table of functions each, chosen once, all with the same results.
+#![allow(unsafe_code, reason = "functions with target features may only be called where the CPU has them")]
+
+use std::sync::OnceLock;
+
+use crate::scheme::{Affine, Arith, Range};
+use crate::values::{FloatType, Values};
+
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+/// Values that one load brings into a private buffer: 4 KiB of f32, a fraction of the L1 cache.
+pub(crate) const TILE: usize = 1024;
+
+/// Range of a tile, and whether it can be trusted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TileRange {
+    /// Of no meaning unless `finite`.
+    pub(crate) range: Range,
+    pub(crate) finite: bool,
+}
+
+/// What encoding the values of one domain needs.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Step {
+    pub(crate) scale: f32,
+    pub(crate) inverse: f32,
+    /// `qmin - zero_point`
+    pub(crate) lo: f32,
+    /// `qmax - zero_point`
+    pub(crate) hi: f32,
+    pub(crate) zero_point: i32,
+    pub(crate) arith: Arith,
+}
+
+impl Step {
+    pub(crate) fn new(scale: f32, zero_point: i32, affine: &Affine) -> Self {
+        let lo = affine.qmin.saturating_sub(zero_point) as f32;
+        let hi = affine.qmax.saturating_sub(zero_point) as f32;
+        Self { scale, inverse: 1.0 / scale, lo, hi, zero_point, arith: affine.arith }
+    }
+}
+
+type EncodeColumns = unsafe fn(&[f32], &mut [u8], &[f32], &[i32], &Affine) -> u64;
+type DecodeColumns = unsafe fn(&[u8], &mut [f32], &[f32], &[i32], bool);
+
+/// The functions of one instruction-set path. [`Kernels::best`] is what the free functions of this crate use.
+pub struct Kernels {
+    name: &'static str,
+    load: unsafe fn(*const u8, FloatType, &mut [f32]),
+    range: unsafe fn(&[f32]) -> TileRange,
+    encode: unsafe fn(&[f32], &mut [u8], &Step) -> u64,
+    encode_columns: EncodeColumns,
+    merge_columns: unsafe fn(&[f32], &mut [Range]),
+    decode: unsafe fn(&[u8], &mut [f32], f32, i32, bool),
+    decode_columns: DecodeColumns,
+    pack: unsafe fn(&[u8], &mut [u8], u8),
+    unpack: unsafe fn(&[u8], &mut [u8], u8, bool),
+}
+
+/// Compiles the portable loops under a list of target features.
+macro_rules! versions {
+    ($($feature:literal)?) => {
+        use crate::path::{Kernels, Step, TileRange, portable};
+        use crate::scheme::{Affine, Range};
+        use crate::values::FloatType;
+
+        $(#[target_feature(enable = $feature)])?
+        unsafe fn load(from: *const u8, dtype: FloatType, out: &mut [f32]) {
+            // SAFETY: the caller vouches for `out.len()` readable values at `from`; every read is unaligned.
+            unsafe {
+                match dtype {
+                    FloatType::F32 => {
+                        std::ptr::copy_nonoverlapping(from, out.as_mut_ptr().cast::<u8>(), out.len() * 4);
+                    }
+                    FloatType::F16 => {
+                        for (i, out) in out.iter_mut().enumerate() {
+                            *out = portable::widen_f16(from.cast::<u16>().add(i).read_unaligned());
+                        }
+                    }
+                    FloatType::Bf16 => {
+                        for (i, out) in out.iter_mut().enumerate() {
+                            *out = portable::widen_bf16(from.cast::<u16>().add(i).read_unaligned());
+                        }
+                    }
+                    FloatType::F64 => {
+                        for (i, out) in out.iter_mut().enumerate() {
+                            *out = from.cast::<f64>().add(i).read_unaligned() as f32;
+                        }
+                    }
+                }
+            }
+        }
+
+        $(#[target_feature(enable = $feature)])?
+        fn range(values: &[f32]) -> TileRange {
+            portable::range(values)
+        }
+
+        $(#[target_feature(enable = $feature)])?
+        fn encode(values: &[f32], codes: &mut [u8], step: &Step) -> u64 {
+            portable::encode(values, codes, step)
+        }
+
+        $(#[target_feature(enable = $feature)])?
+        fn encode_columns(v: &[f32], codes: &mut [u8], scales: &[f32], zeros: &[i32], affine: &Affine) -> u64 {
+            portable::encode_columns(v, codes, scales, zeros, affine)
+        }
+
+        $(#[target_feature(enable = $feature)])?
+        fn merge_columns(values: &[f32], ranges: &mut [Range]) {
+            portable::merge_columns(values, ranges);
+        }
+
+        $(#[target_feature(enable = $feature)])?
+        fn decode(codes: &[u8], out: &mut [f32], scale: f32, zero_point: i32, signed: bool) {
+            portable::decode(codes, out, scale, zero_point, signed);
+        }
+
+        $(#[target_feature(enable = $feature)])?
+        fn decode_columns(codes: &[u8], out: &mut [f32], scales: &[f32], zeros: &[i32], signed: bool) {
+            portable::decode_columns(codes, out, scales, zeros, signed);
+        }
+
+        $(#[target_feature(enable = $feature)])?
+        fn pack(codes: &[u8], out: &mut [u8], bits: u8) {
+            portable::pack(codes, out, bits);
+        }
+
+        $(#[target_feature(enable = $feature)])?
+        fn unpack(bytes: &[u8], codes: &mut [u8], bits: u8, signed: bool) {
+            portable::unpack(bytes, codes, bits, signed);
+        }
+    };
+}
+pub(crate) use versions;
+
+/// The path that every CPU has.
+mod baseline {
+    versions!();
+
+    pub(super) static KERNELS: Kernels = Kernels {
+        name: "portable",
+        load,
+        range,
+        encode,
+        encode_columns,
+        merge_columns,
+        decode,
+        decode_columns,
+        pack,
+        unpack,
+    };
+}
+
+impl Kernels {
+    /// The fastest path of this CPU.
+    pub fn best() -> &'static Self {
+        static BEST: OnceLock<&'static Kernels> = OnceLock::new();
+        BEST.get_or_init(|| Self::all().pop().unwrap_or(&baseline::KERNELS))
+    }
+
+    /// Every path that this CPU can run, slowest first.
+    pub fn all() -> Vec<&'static Self> {
+        let mut all = vec![&baseline::KERNELS];
+        #[cfg(target_arch = "x86_64")]
+        all.extend(x86::detected());
+        all
+    }
+
+    /// The path's name: `portable`, `avx2`, `avx512`.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    // A table is only handed out where its features were detected, which is what makes the calls below sound.
+
+    /// Reads `out.len()` values from `at` on into a private buffer.
+    pub(crate) fn load(&self, values: &Values<'_>, at: usize, out: &mut [f32]) {
+        let part = values.slice(at..at + out.len());
+        // SAFETY: `part` is `out.len()` readable values; features were detected.
+        unsafe { (self.load)(part.as_ptr(), part.dtype(), out) }
+    }
+
+    pub(crate) fn range(&self, values: &[f32]) -> TileRange {
+        // SAFETY: features were detected.
+        unsafe { (self.range)(values) }
+    }
+
+    pub(crate) fn encode_tile(&self, values: &[f32], codes: &mut [u8], step: &Step) -> u64 {
+        debug_assert_eq!(values.len(), codes.len());
+        // SAFETY: features were detected.
+        unsafe { (self.encode)(values, codes, step) }
+    }
+
+    pub(crate) fn encode_columns(
+        &self,
+        values: &[f32],
+        codes: &mut [u8],
+        scales: &[f32],
+        zero_points: &[i32],
+        affine: &Affine,
+    ) -> u64 {
+        // SAFETY: features were detected.
+        unsafe { (self.encode_columns)(values, codes, scales, zero_points, affine) }
+    }
+
+    pub(crate) fn merge_columns(&self, values: &[f32], ranges: &mut [Range]) {
+        // SAFETY: features were detected.
+        unsafe { (self.merge_columns)(values, ranges) }
+    }
+
+    pub(crate) fn decode_tile(
+        &self,
+        codes: &[u8],
+        out: &mut [f32],
+        scale: f32,
+        zero_point: i32,
+        signed: bool,
+    ) {
+        // SAFETY: features were detected.
+        unsafe { (self.decode)(codes, out, scale, zero_point, signed) }
+    }
+
+    pub(crate) fn decode_columns(
+        &self,
+        codes: &[u8],
+        out: &mut [f32],
+        scales: &[f32],
+        zero_points: &[i32],
+        signed: bool,
+    ) {
+        // SAFETY: features were detected.
+        unsafe { (self.decode_columns)(codes, out, scales, zero_points, signed) }
+    }
+
+    pub(crate) fn pack_bytes(&self, codes: &[u8], out: &mut [u8], bits: u8) {
+        // SAFETY: features were detected.
+        unsafe { (self.pack)(codes, out, bits) }
+    }
+
+    pub(crate) fn unpack_bytes(&self, bytes: &[u8], codes: &mut [u8], bits: u8, signed: bool) {
+        // SAFETY: features were detected.
+        unsafe { (self.unpack)(bytes, codes, bits, signed) }
+    }
+}
+
+impl std::fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Kernels").field(&self.name).finish()
+    }
+}
