@@ -1,4 +1,4 @@
-"""The main job on real weights: quantize a model through the daemon, publish it, let four processes read one copy.
+"""The main job on real weights: quantize a model, publish it, let four processes read one copy.
 
 Run by ``make demo``; ``SHMQUANT_WEIGHTS`` names the safetensors file of all-MiniLM-L6-v2.
 """
@@ -76,7 +76,8 @@ def show(q: ShmQuantizer, path: Path, scheme: str) -> None:
         print(f"  {name:<52} {'x'.join(map(str, shape)):>12} {kib(data):>12}  {text}{note}")
     mean = np.mean([row[3] for row in rows if row[3] is not None and np.isfinite(row[3])])
     print(
-        f"  {len(rows)} layers, {mib(total)} in, {mib(nbytes)} out, mean SQNR {mean:.2f} dB, {seconds * 1e3:.1f} ms, {total / seconds / 1e9:.2f} GB/s\n"
+        f"  {len(rows)} layers, {mib(total)} in, {mib(nbytes)} out, mean SQNR {mean:.2f} dB, "
+        f"{seconds * 1e3:.1f} ms, {total / seconds / 1e9:.2f} GB/s\n"
     )
 
 
@@ -111,10 +112,12 @@ def share(q: ShmQuantizer, path: Path, address: str) -> None:
     for reader, answer, share_of in zip(readers, answers, pss, strict=True):
         same = "same bytes" if answer["checksum"] == expected else "OTHER BYTES"
         print(
-            f"  process {reader.pid}: opened in {answer['ms']:.2f} ms, {answer['layers']} layers, {same}, PSS {mib(share_of)}"
+            f"  process {reader.pid}: opened in {answer['ms']:.2f} ms, "
+            f"{answer['layers']} layers, {same}, PSS {mib(share_of)}"
         )
     print(
-        f"  this process {mib(own)}, the daemon {mib(daemon)}: together {mib(total)} = {total / r.nbytes:.2f} copies"
+        f"  this process {mib(own)}, the daemon {mib(daemon)}: together {mib(total)} "
+        f"= {total / r.nbytes:.2f} copies"
     )
     if any(answer["checksum"] != expected for answer in answers) or total > 1.05 * r.nbytes + (1 << 16):
         sys.exit("the readers do not share one unchanged copy")
