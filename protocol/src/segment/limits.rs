@@ -15,6 +15,9 @@ use super::{Backing, SegmentError, SegmentName};
 /// Directory of the POSIX segments.
 pub(super) const SHM_DIR: &str = "/dev/shm";
 
+/// From this many bytes on, making a segment takes so long that asking for free memory first is for nothing.
+const WORTH_ASKING: u64 = 16 << 20;
+
 /// Ignores `SIGXFSZ` in this process: growing a segment over `RLIMIT_FSIZE` is then an error, not death.
 ///
 /// The daemon calls it once, at its start. (Python does the same for every process it runs in.)
@@ -66,6 +69,22 @@ pub(super) fn check_file_size(name: &SegmentName, size: u64) -> Result<(), Segme
         Some(limit) if size > limit => Err(SegmentError::FileSizeLimit { name: *name, size, limit }),
         _ => Ok(()),
     }
+}
+
+/// Refuses a size that cannot be had at all, before the kernel tries: it takes page after page until there
+/// is none left, and the host suffers or kills somebody meanwhile.
+///
+/// This keeps an absurd size harmless. Whether a sane one fits beside everything else is for admission.
+pub(super) fn check_room(backing: Backing, name: &SegmentName, size: u64) -> Result<(), SegmentError> {
+    let available = match backing {
+        Backing::Memfd if size < WORTH_ASKING => None,
+        Backing::Memfd => available_memory(),
+        Backing::Posix => available_in_shm(),
+    };
+    if available.is_some_and(|available| size > available) {
+        return Err(no_room(backing, name, size));
+    }
+    Ok(())
 }
 
 /// The typed error for a refusal met while `name` was being made.
@@ -135,9 +154,12 @@ fn no_room(backing: Backing, name: &SegmentName, size: u64) -> SegmentError {
 
 fn available_memory() -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().trim_end_matches("kB").trim_end().parse().ok()?;
-    kib.checked_mul(1024)
+    let bytes = |key| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+        let kib: u64 = line.trim().trim_end_matches("kB").trim_end().parse().ok()?;
+        kib.checked_mul(1024)
+    };
+    Some(bytes("MemAvailable:")? + bytes("SwapFree:").unwrap_or(0))
 }
 
 fn available_in_shm() -> Option<u64> {

@@ -66,6 +66,7 @@ impl Segment {
             _ => return Err(SegmentError::BadSize { size, max }),
         };
         limits::check_file_size(name, size)?;
+        limits::check_room(backing, name, size)?;
         let fail = |step, errno| refused(step, errno, backing, name, size);
 
         let (unlink, fd) = match backing {
