@@ -1,8 +1,6 @@
 //! The table descriptor: what is to be quantized and how, without the values (PROTOCOL.md section 4).
 
-use std::collections::HashMap;
-
-use arrow_schema::Field;
+use arrow_schema::{Field, Metadata};
 use shmquant_kernels::{Affine, FloatType, Granularity, Layout, Mapping, OnNonFinite, Scheme};
 
 use crate::field::write_metadata;
@@ -31,7 +29,7 @@ pub struct Descriptor {
     /// Distinct specs; items refer to them by index.
     pub specs: Vec<Spec>,
     /// The table's schema metadata, for published tables.
-    pub metadata: HashMap<String, String>,
+    pub metadata: Metadata,
     /// Rows of the table (layers: number of layers).
     pub rows: u64,
     /// Layers, or quantized and kept columns in the table's order.

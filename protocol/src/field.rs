@@ -1,9 +1,8 @@
 //! Arrow fields and column shapes of kept columns, as PROTOCOL.md section 4 draws them.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
-use arrow_schema::{DataType, Field, Fields, IntervalUnit, TimeUnit};
+use arrow_schema::{DataType, Field, Fields, IntervalUnit, Metadata, TimeUnit};
 
 use crate::wire::{Reader, WireError, Writer};
 
@@ -127,18 +126,16 @@ pub fn read_data(r: &mut Reader<'_>, depth: u32) -> Result<NodeData, WireError> 
     Ok(NodeData { length, null_count, buffers, children })
 }
 
-/// Appends key-value pairs, sorted by key so that equal metadata has equal bytes.
-pub fn write_metadata(w: &mut Writer<'_>, metadata: &HashMap<String, String>) {
-    let mut pairs: Vec<_> = metadata.iter().collect();
-    pairs.sort();
-    w.u32(pairs.len() as u32);
-    for (key, value) in pairs {
+/// Appends key-value pairs; `Metadata` keeps them sorted, so that equal metadata has equal bytes.
+pub fn write_metadata(w: &mut Writer<'_>, metadata: &Metadata) {
+    w.u32(metadata.len() as u32);
+    for (key, value) in metadata.iter() {
         w.string(key).string(value);
     }
 }
 
 /// Reads key-value pairs.
-pub fn read_metadata(r: &mut Reader<'_>) -> Result<HashMap<String, String>, WireError> {
+pub fn read_metadata(r: &mut Reader<'_>) -> Result<Metadata, WireError> {
     let n = r.u32("n_metadata")?;
     let n = r.count(u64::from(n), 8, "metadata")?;
     (0..n).map(|_| Ok((r.string("key")?.to_owned(), r.string("value")?.to_owned()))).collect()
