@@ -124,7 +124,7 @@ pub(crate) fn by_name<T: Copy>(
 pub struct Counters {
     /// Values seen.
     pub n: u64,
-    /// Finite values whose quotient fell outside the clamp bounds.
+    /// Finite values whose quotient, rounded, fell outside the clamp bounds.
     pub n_clipped: u64,
     /// NaN and infinities.
     pub n_nonfinite: u64,

@@ -39,26 +39,22 @@ pub(super) fn range(values: &[f32]) -> TileRange {
     TileRange { range, finite: most < 0x7f80_0000 }
 }
 
-/// Codes of one domain's values, one a byte; says how many quotients lay outside the bounds.
+/// Codes of one domain's values, one a byte; says how many were clipped.
 #[inline(always)]
 pub(super) fn encode(values: &[f32], codes: &mut [u8], step: &Step) -> u64 {
+    match step.arith {
+        Arith::Div => encode_by(values, codes, step, |x| x / step.scale),
+        Arith::Recip => encode_by(values, codes, step, |x| x * step.inverse),
+    }
+}
+
+#[inline(always)]
+fn encode_by(values: &[f32], codes: &mut [u8], step: &Step, quotient: impl Fn(f32) -> f32) -> u64 {
     let mut clipped = 0u32;
-    let Step { scale, inverse, lo, hi, zero_point, arith } = *step;
-    match arith {
-        Arith::Div => {
-            for (&x, code) in values.iter().zip(codes) {
-                let v = x / scale;
-                clipped += u32::from((v < lo) | (v > hi));
-                *code = round(clamp(v, lo, hi)).wrapping_add(zero_point as u8);
-            }
-        }
-        Arith::Recip => {
-            for (&x, code) in values.iter().zip(codes) {
-                let v = x * inverse;
-                clipped += u32::from((v < lo) | (v > hi));
-                *code = round(clamp(v, lo, hi)).wrapping_add(zero_point as u8);
-            }
-        }
+    for (&x, code) in values.iter().zip(codes) {
+        let r = round(quotient(x), step.lo, step.hi);
+        clipped += u32::from((r < step.lo) | (r > step.hi));
+        *code = low_byte(clamp(r, step.lo, step.hi)).wrapping_add(step.zero_point as u8);
     }
     u64::from(clipped)
 }
@@ -81,8 +77,9 @@ pub(super) fn encode_columns(
             Arith::Recip => x * (1.0 / scale),
         };
         let (lo, hi) = ((qmin - zero_point) as f32, (qmax - zero_point) as f32);
-        clipped += u32::from((v < lo) | (v > hi));
-        *code = round(clamp(v, lo, hi)).wrapping_add(zero_point as u8);
+        let r = round(v, lo, hi);
+        clipped += u32::from((r < lo) | (r > hi));
+        *code = low_byte(clamp(r, lo, hi)).wrapping_add(zero_point as u8);
     }
     u64::from(clipped)
 }
@@ -191,7 +188,15 @@ fn clamp(v: f32, lo: f32, hi: f32) -> f32 {
     if v > hi { hi } else { v }
 }
 
+/// The nearest integer, ties to even, brought next to the bounds first. Clamping to whole bounds after rounding is
+/// the same as before it, and the one more on either side tells what has to be clamped.
 #[inline(always)]
-fn round(v: f32) -> u8 {
-    (v + MAGIC).to_bits() as u8
+fn round(v: f32, lo: f32, hi: f32) -> f32 {
+    (clamp(v, lo - 1.0, hi + 1.0) + MAGIC) - MAGIC
+}
+
+/// The low byte of a whole number.
+#[inline(always)]
+fn low_byte(whole: f32) -> u8 {
+    (whole + MAGIC).to_bits() as u8
 }

@@ -119,7 +119,8 @@ pub(crate) fn quantize(
             Arith::Recip => x * (1.0 / s),
         };
         let (lo, hi) = ((affine.qmin - zp) as f32, (affine.qmax - zp) as f32);
-        counters.n_clipped += u64::from(x.is_finite() && (v < lo || v > hi));
+        counters.n_clipped +=
+            u64::from(x.is_finite() && (v.round_ties_even() < lo || v.round_ties_even() > hi));
         let q = if x.is_nan() { zp } else { zp + v.clamp(lo, hi).round_ties_even() as i32 };
         let bit = bit_of(layout, affine.bits, i as u64);
         let width = if layout.packed { u32::from(affine.bits) } else { 8 };

@@ -1,0 +1,212 @@
+//! Input bandwidth of the kernels next to memcpy of the same buffer in the same run.
+//!
+//! `cargo bench -p shmquant-kernels [-- MiB [words that a case's name contains]]`. `cached` is one thread on 256 KiB in
+//! billions of elements a second; `stream` is two threads on the whole buffer in GB/s of input and as a ratio to what
+//! two threads of memcpy reached right before and after.
+#![allow(clippy::print_stdout, clippy::expect_used, reason = "a program for people to run")]
+
+use std::time::Instant;
+
+use shmquant_kernels::{
+    Affine, Granularity, Kernels, Layout, Mapping, OnNonFinite, Range, Scheme, Values, ZeroPoints,
+    ZeroPointsMut,
+};
+
+const ROW: usize = 1024;
+const CACHED: usize = 64 * ROW;
+const CHUNK: usize = 256 * ROW;
+const THREADS: usize = 2;
+
+#[derive(Clone, Copy)]
+enum Work {
+    Fused(Granularity),
+    Scan,
+    Encode(Granularity),
+    Decode(Granularity),
+}
+
+struct Case {
+    name: &'static str,
+    scheme: Scheme,
+    mapping: Option<Mapping>,
+    work: Work,
+}
+
+fn cases() -> Vec<Case> {
+    use Granularity::{Dimension, Group, Row, Tensor};
+    let case = |name, scheme, work| Case { name, scheme, mapping: None, work };
+    vec![
+        case("int8 row", Scheme::Int8, Work::Fused(Row)),
+        case("int8 group128", Scheme::Int8, Work::Fused(Group)),
+        case("uint8 row", Scheme::UInt8, Work::Fused(Row)),
+        case("int4 row", Scheme::Int4, Work::Fused(Row)),
+        case("int4 group128", Scheme::Int4, Work::Fused(Group)),
+        case("uint4 group128", Scheme::UInt4, Work::Fused(Group)),
+        case("uint2 group128", Scheme::UInt2, Work::Fused(Group)),
+        case("scan tensor", Scheme::Int8, Work::Scan),
+        case("encode int8 tensor", Scheme::Int8, Work::Encode(Tensor)),
+        case("encode uint8 dimension", Scheme::UInt8, Work::Encode(Dimension)),
+        case("decode int8 row", Scheme::Int8, Work::Decode(Row)),
+        case("decode uint4 group128", Scheme::UInt4, Work::Decode(Group)),
+    ]
+}
+
+struct Buffers {
+    codes: Vec<u8>,
+    scales: Vec<f32>,
+    zeros: Vec<f32>,
+    out: Vec<f32>,
+}
+
+impl Buffers {
+    fn new(values: usize) -> Self {
+        Self {
+            codes: vec![1; values],
+            scales: vec![1.0; (values / 32).max(ROW)],
+            zeros: vec![0.0; (values / 32).max(ROW)],
+            out: vec![0.0; values],
+        }
+    }
+}
+
+/// One chunk of whole rows.
+fn chunk(kernels: &Kernels, case: &Case, values: &[f32], b: &mut Buffers, at: usize, total: usize) {
+    let affine = Affine::new(case.scheme, case.mapping).expect("a combination of the table");
+    let granularity = match case.work {
+        Work::Fused(g) | Work::Encode(g) | Work::Decode(g) => g,
+        Work::Scan => Granularity::Tensor,
+    };
+    let layout = Layout {
+        rows: (total / ROW) as u64,
+        k: ROW as u64,
+        group: 128,
+        granularity,
+        pad_rows: false,
+        packed: true,
+    };
+    let (first, len) = (at as u64, values.len() as u64);
+    let params = layout.param_range(first, len);
+    let params = params.start as usize..params.end as usize;
+    let from = layout.code_byte_offset(first, affine.bits) as usize;
+    let codes = from..from + layout.chunk_code_bytes(first, len, affine.bits) as usize;
+    let input = Values::from_f32(values);
+    let policy = OnNonFinite::Error;
+    let mut nulled = Vec::new();
+    match case.work {
+        Work::Fused(_) => {
+            let zeros = match affine.mapping {
+                Mapping::Symmetric => ZeroPointsMut::None,
+                Mapping::Asymmetric => ZeroPointsMut::F32(&mut b.zeros[params.clone()]),
+            };
+            kernels
+                .fused(
+                    input,
+                    first,
+                    &layout,
+                    &affine,
+                    policy,
+                    &mut b.codes[codes],
+                    &mut b.scales[params],
+                    zeros,
+                    &mut nulled,
+                )
+                .expect("finite values");
+        }
+        Work::Scan => {
+            kernels.scan(input, first, &layout, policy, &mut [Range::EMPTY]).expect("finite values");
+        }
+        Work::Encode(_) => {
+            let zeros = ZeroPoints::F32(&b.zeros[params.clone()]);
+            kernels
+                .encode(
+                    input,
+                    first,
+                    &layout,
+                    &affine,
+                    policy,
+                    &b.scales[params],
+                    zeros,
+                    &mut b.codes[codes],
+                    &mut nulled,
+                )
+                .expect("finite values");
+        }
+        Work::Decode(_) => {
+            let zeros = ZeroPoints::F32(&b.zeros[params.clone()]);
+            let out = &mut b.out[at..at + values.len()];
+            kernels.decode(&b.codes[codes], first, &layout, &affine, &b.scales[params], zeros, out);
+        }
+    }
+}
+
+/// Seconds of the fastest of `times` runs.
+fn fastest(times: usize, mut run: impl FnMut()) -> f64 {
+    let mut best = f64::MAX;
+    for _ in 0..times {
+        let start = Instant::now();
+        run();
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    best
+}
+
+fn on_threads(parts: &mut [(&[f32], Buffers)], run: impl Fn(&[f32], &mut Buffers) + Sync) {
+    std::thread::scope(|scope| {
+        for (values, buffers) in parts.iter_mut() {
+            let run = &run;
+            scope.spawn(move || run(values, buffers));
+        }
+    });
+}
+
+fn main() {
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
+    let mib: usize = words.first().and_then(|word| word.parse().ok()).unwrap_or(256);
+    let wanted =
+        |name: &str| words.iter().filter(|w| w.parse::<usize>().is_err()).all(|w| name.contains(w.as_str()));
+    let n = mib * (1 << 20) / 4;
+    let mut state = 1u64;
+    let values: Vec<f32> = (0..n)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ((state >> 40) as f32 / (1 << 24) as f32 - 0.5) * 6.0
+        })
+        .collect();
+    let half = n / THREADS / CHUNK * CHUNK;
+    let mut parts: Vec<_> =
+        values.chunks_exact(half).take(THREADS).map(|part| (part, Buffers::new(half))).collect();
+    let bytes = (half * THREADS * 4) as f64;
+    println!("{mib} MiB of f32, {THREADS} threads");
+    for case in cases() {
+        for kernels in Kernels::all() {
+            let name = format!("{} {}", case.name, kernels.name());
+            if !wanted(&name) {
+                continue;
+            }
+            let mut small = Buffers::new(CACHED);
+            let cached = fastest(5, || {
+                for _ in 0..100 {
+                    chunk(kernels, &case, &values[..CACHED], &mut small, 0, CACHED);
+                }
+            });
+            let (mut copied, mut streamed) = (f64::MAX, f64::MAX);
+            for _ in 0..3 {
+                copied = copied.min(fastest(2, || on_threads(&mut parts, |v, b| b.out.copy_from_slice(v))));
+                streamed = streamed.min(fastest(2, || {
+                    on_threads(&mut parts, |values, buffers| {
+                        for (i, part) in values.chunks(CHUNK).enumerate() {
+                            chunk(kernels, &case, part, buffers, i * CHUNK, values.len());
+                        }
+                    });
+                }));
+            }
+            println!(
+                "{name:34} cached {:6.2} G/s   stream {:6.1} GB/s   {:5.2} of memcpy {:5.1}",
+                100.0 * CACHED as f64 / cached / 1e9,
+                bytes / streamed / 1e9,
+                copied / streamed,
+                bytes / copied / 1e9,
+            );
+        }
+    }
+}
