@@ -24,8 +24,7 @@ use nix::fcntl::{FallocateFlags, FcntlArg, FdFlag, fallocate, fcntl};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::ftruncate;
 use shmquant_protocol::segment::{
-    Backing, InstanceGuard, Kind, Mapping, Segment, SegmentError, SegmentName, ignore_sigxfsz,
-    open_read_only, sweep_stale,
+    Backing, Kind, Mapping, Segment, SegmentError, SegmentName, ignore_sigxfsz, open_read_only,
 };
 
 const BACKINGS: [Backing; 2] = [Backing::Memfd, Backing::Posix];
@@ -288,75 +287,6 @@ fn a_posix_name_is_taken_found_and_read_only() {
 }
 
 #[test]
-fn an_instance_is_announced_once_and_leaves_with_its_last_segment() {
-    let instance = fresh_instance();
-    let guard = InstanceGuard::acquire(instance).unwrap();
-    assert_eq!(guard.instance(), instance);
-    let path = guard.path().to_owned();
-    assert!(matches!(InstanceGuard::acquire(instance).unwrap_err(), SegmentError::NameTaken { .. }));
-    let name = SegmentName { instance, kind: Kind::Result, id: 1 };
-    let segment = Segment::create(Backing::Posix, &name, 4096).unwrap();
-    sweep_stale().unwrap();
-    assert!(path.exists() && segment.path().exists(), "a live instance is not swept");
-    // Dropped in the wrong order, as by a panic: the file stays, for a sweep to find what was left.
-    drop(guard);
-    assert!(path.exists());
-    sweep_stale().unwrap();
-    assert!(!path.exists() && !segment.path().exists());
-    drop(segment);
-
-    let guard = InstanceGuard::acquire(instance).unwrap();
-    drop(guard);
-    assert!(!path.exists());
-}
-
-#[test]
-fn what_a_killed_daemon_left_is_swept_and_nothing_else() {
-    let (ours, theirs) = shmquant_protocol::socket::Connection::pair().unwrap();
-    let mut daemon = child::spawn("killed-daemon", theirs.into());
-    let mut buf = [0; 64];
-    let said = ours.recv(&mut buf, &mut Vec::new()).unwrap();
-    let instance = u64::from_le_bytes(buf[..said.len].try_into().unwrap());
-    let guardless = create(Backing::Posix, Kind::Result, 4096);
-    let left = || {
-        fs::read_dir("/dev/shm")
-            .unwrap()
-            .flatten()
-            .filter(|entry| entry.file_name().to_string_lossy().contains(&format!("{instance:016x}")))
-    };
-    assert_eq!(left().count(), 4, "three segments and the instance file");
-    sweep_stale().unwrap();
-    assert_eq!(left().count(), 4, "its owner lives");
-    daemon.kill().unwrap();
-    daemon.wait().unwrap();
-    assert_eq!(left().count(), 4, "kill -9 leaves them");
-    sweep_stale().unwrap();
-    assert_eq!(left().count(), 0);
-    assert!(guardless.path().exists(), "nothing says that its owner is dead");
-}
-
-#[test]
-fn sweepers_and_starting_daemons_do_not_hurt_each_other() {
-    std::thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                for _ in 0..200 {
-                    sweep_stale().unwrap();
-                }
-            });
-            scope.spawn(|| {
-                for _ in 0..100 {
-                    let guard = InstanceGuard::acquire(fresh_instance()).unwrap();
-                    let name = SegmentName { instance: guard.instance(), kind: Kind::Window, id: 0 };
-                    let segment = Segment::create(Backing::Posix, &name, 4096).unwrap();
-                    assert!(guard.path().exists() && segment.path().exists());
-                }
-            });
-        }
-    });
-}
-
-#[test]
 fn the_file_size_limit_is_an_error_and_not_a_signal() {
     child::play("file-size-limit");
 }
@@ -408,7 +338,6 @@ fn a_full_dev_shm_is_an_error() {
 fn child() {
     let Some(role) = child::role() else { return };
     match role.as_str() {
-        "killed-daemon" => be_killed(),
         "file-size-limit" => file_size_limit(),
         "descriptor-limit" => descriptor_limit(),
         "address-space-limit" => address_space_limit(),
@@ -418,19 +347,6 @@ fn child() {
         other => panic!("no such role: {other}"),
     }
     println!("{}", child::done(&role));
-}
-
-fn be_killed() {
-    let stdin = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
-    let parent = shmquant_protocol::socket::Connection::from_fd(stdin).unwrap();
-    let guard = InstanceGuard::acquire(fresh_instance()).unwrap();
-    let _segments = KINDS.map(|kind| {
-        let name = SegmentName { instance: guard.instance(), kind, id: 9 };
-        Segment::create(Backing::Posix, &name, 1 << 16).unwrap()
-    });
-    parent.send(&guard.instance().to_le_bytes(), &[]).unwrap();
-    // Until the parent kills us, or is itself gone.
-    let _ = parent.recv(&mut [0; 8], &mut Vec::new());
 }
 
 fn open_fds() -> usize {

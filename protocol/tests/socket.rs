@@ -498,7 +498,7 @@ fn accept_without_descriptors() {
         let client = Connection::connect(&path).unwrap();
         let (limit, error) = child::with_free_fds(0, |limit| (limit, listener.accept().unwrap_err()));
         assert!(matches!(error, SocketError::FdLimit { limit: l, .. } if l == limit), "{error}");
-        let error = client.recv(&mut [0; 8], &mut Vec::new()).unwrap_err();
+        let error = client.recv_spin(&mut [0; 8], &mut Vec::new(), Duration::ZERO, soon()).unwrap_err();
         assert!(matches!(error, SocketError::Closed), "{error}");
     }
     assert_eq!(open_fds(), before);
