@@ -24,13 +24,9 @@ use nix::unistd::geteuid;
 pub use error::SocketError;
 pub use listener::{LOCK_SUFFIX, Listener};
 
+pub use crate::message::{MAX_FDS, MAX_FRAME};
+
 use sys::Arrived;
-
-/// The longest frame there is, in bytes.
-pub const MAX_FRAME: usize = 64 << 10;
-
-/// The most descriptors a frame may have.
-pub const MAX_FDS: usize = 8;
 
 /// The longest path a Unix socket can have, in bytes (`sun_path` less its closing zero).
 const MAX_PATH: usize = 107;
