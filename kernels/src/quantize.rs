@@ -135,6 +135,12 @@ impl Kernels {
             while at < piece.len {
                 let part = part_in_group(&joined, &piece, at, affine);
                 let param = (joined.param_index(part.row * joined.k + part.col) - base) as usize;
+                let groups = (piece.len - at) / part.len;
+                let run = work.fuse_groups(&part, groups, &mut scales[param..], &mut zero_points, param);
+                if run > 0 {
+                    at += run * part.len;
+                    continue;
+                }
                 let (scale, zero_point) = work.fuse(&part)?;
                 scales[param] = scale;
                 zero_points.set(param, zero_point);
@@ -227,6 +233,9 @@ impl Kernels {
         Ok(work.finish(nulled_rows))
     }
 }
+
+/// Chunks of this many values or more write past the cache: their codes would push out what is read next.
+const STREAM_FROM: usize = 1 << 17;
 
 /// Stands in where only places in the value order matter.
 const BYTES: Affine = Affine {
@@ -330,6 +339,46 @@ impl<'a> Encoder<'a> {
             self.encode(part, &step)?;
         }
         Ok((scale, zero_point))
+    }
+
+    /// As many adjoining groups like `part` as the path can take on its own, at most `groups`.
+    fn fuse_groups(
+        &mut self,
+        part: &Piece,
+        groups: usize,
+        scales: &mut [f32],
+        zero_points: &mut ZeroPointsMut<'_>,
+        param: usize,
+    ) -> usize {
+        const BATCH: usize = 256;
+        let bits = usize::from(self.affine.bits);
+        if self.stored != self.affine.bits || !part.bit.is_multiple_of(8) || !self.source.nulled.is_empty() {
+            return 0;
+        }
+        let stream = self.source.values.len() >= STREAM_FROM;
+        let mut zeros = [0; BATCH];
+        let mut done = 0;
+        while done < groups {
+            let n = (groups - done).min(BATCH);
+            let at = part.at + done * part.len;
+            let byte = part.bit / 8 + done * part.len * bits / 8;
+            let codes = &mut self.codes[byte..byte + n * part.len * bits / 8];
+            let (scales, zeros) = (&mut scales[done..done + n], &mut zeros[..n]);
+            let kernels = self.source.kernels;
+            let run =
+                kernels.groups(&self.source.values, at, part.len, codes, scales, zeros, self.affine, stream);
+            let Some(run) = run else { break };
+            self.counters.n_clipped += run.clipped;
+            self.counters.n_degenerate_groups += run.degenerate;
+            for (i, &zero_point) in zeros.iter().enumerate().take(run.groups) {
+                zero_points.set(param + done + i, zero_point);
+            }
+            done += run.groups;
+            if run.groups < n {
+                break;
+            }
+        }
+        done
     }
 
     /// A part of a domain whose parameters are known.

@@ -169,6 +169,11 @@ impl Affine {
         Ok(Self { scheme, mapping, arith: Arith::Div, qmin, qmax, bits, signed })
     }
 
+    pub(crate) fn rule(&self) -> Rule {
+        let (qmin, qmax) = (self.qmin as f32, self.qmax as f32);
+        Rule { mapping: self.mapping, divisor: self.divisor(), qmin, qmax }
+    }
+
     /// What the range is divided by to give the scale: `qmax - qmin`, or half of it for a symmetric mapping.
     pub fn divisor(&self) -> f32 {
         let span = (self.qmax - self.qmin) as f32;
@@ -210,26 +215,47 @@ impl Default for Range {
 /// # Errors
 /// [`Fault::RangeOverflow`] (with index 0) where an asymmetric mapping's `max - min` is not finite.
 pub fn params_from_range(range: Range, affine: &Affine) -> Result<(f32, i32, bool), Fault> {
-    let Range { min, max } = range;
-    match affine.mapping {
-        Mapping::Symmetric => {
-            let amax = if -min > max { -min } else { max };
-            let scale = amax / affine.divisor();
-            Ok(if scale < TINY { (1.0, 0, true) } else { (scale, 0, false) })
-        }
-        Mapping::Asymmetric => {
-            let width = max - min;
-            if !width.is_finite() {
-                return Err(Fault::RangeOverflow { index: 0, min, max });
+    let overflow = Fault::RangeOverflow { index: 0, min: range.min, max: range.max };
+    affine.rule().params(range).ok_or(overflow)
+}
+
+/// An [`Affine`]'s way from a range to parameters, in the floats that it computes with.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rule {
+    mapping: Mapping,
+    divisor: f32,
+    pub(crate) qmin: f32,
+    pub(crate) qmax: f32,
+}
+
+impl Rule {
+    /// Scale, zero point, degenerate or not; `None` where the range overflows.
+    #[inline(always)]
+    pub(crate) fn params(&self, Range { min, max }: Range) -> Option<(f32, i32, bool)> {
+        let width = match self.mapping {
+            Mapping::Symmetric => {
+                if -min > max {
+                    -min
+                } else {
+                    max
+                }
             }
-            let scale = width / affine.divisor();
-            if scale < TINY {
-                return Ok((1.0, 0, true));
-            }
-            let (qmin, qmax) = (affine.qmin as f32, affine.qmax as f32);
-            let zero = (qmin - (min / scale).round_ties_even()).clamp(qmin, qmax);
-            Ok((scale, zero as i32, false))
+            Mapping::Asymmetric => max - min,
+        };
+        if width == f32::INFINITY {
+            return None;
         }
+        let scale = width / self.divisor;
+        if scale < TINY {
+            return Some((1.0, 0, true));
+        }
+        let zero_point = match self.mapping {
+            Mapping::Symmetric => 0,
+            Mapping::Asymmetric => {
+                (self.qmin - (min / scale).round_ties_even()).clamp(self.qmin, self.qmax) as i32
+            }
+        };
+        Some((scale, zero_point, false))
     }
 }
 

@@ -435,3 +435,54 @@ fn every_short_length() {
         }
     }
 }
+
+/// Chunks so large that codes are written past the cache, to aligned places and others.
+#[test]
+fn large_chunks_give_the_same_on_every_path() {
+    let (rows, k) = (140u64, 1024u64);
+    let mut state = 7u64;
+    let values: Vec<f32> = (0..rows * k)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            // Normal numbers of all signs and few exponents.
+            f32::from_bits((state >> 32) as u32 & 0x81ff_ffff | 0x3e00_0000)
+        })
+        .collect();
+    for (scheme, mapping) in SCHEMES {
+        let affine = Affine::new(scheme, Some(mapping)).expect("a combination of the table");
+        for (granularity, group) in
+            [(Granularity::Row, 0), (Granularity::Group, 32), (Granularity::Group, 128)]
+        {
+            let layout = Layout { rows, k, group, granularity, pad_rows: true, packed: true };
+            let bytes = layout.code_bytes(affine.bits) as usize;
+            let mut all = Vec::new();
+            for kernels in Kernels::all() {
+                for shift in [0, 1, 16, 64] {
+                    let mut codes = vec![0x5au8; bytes + 128];
+                    let aligned = codes.as_ptr().align_offset(64) + shift;
+                    let mut scales = vec![0.0; layout.n_params() as usize];
+                    let mut zeros = vec![0.0; layout.n_params() as usize];
+                    let counters = kernels
+                        .fused(
+                            Values::from_f32(&values),
+                            0,
+                            &layout,
+                            &affine,
+                            OnNonFinite::Error,
+                            &mut codes[aligned..aligned + bytes],
+                            &mut scales,
+                            ZeroPointsMut::F32(&mut zeros),
+                            &mut Vec::new(),
+                        )
+                        .expect("finite values");
+                    assert!(codes[..aligned].iter().chain(&codes[aligned + bytes..]).all(|&b| b == 0x5a));
+                    all.push((codes[aligned..aligned + bytes].to_vec(), scales, zeros, counters));
+                }
+            }
+            assert!(
+                all.windows(2).all(|pair| pair[0] == pair[1]),
+                "{scheme} {mapping} {granularity} {group}"
+            );
+        }
+    }
+}

@@ -3,12 +3,24 @@
 
 use std::sync::OnceLock;
 
+use crate::path::groups::{Done, GROUP_UNIT, Groups};
 use crate::scheme::{Affine, Arith, Range};
 use crate::values::{FloatType, Values};
 
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has paths of its own so far"))]
+pub(crate) mod groups;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+
+#[cfg(target_arch = "x86_64")]
+use x86::detected;
+
+/// No path but the portable one.
+#[cfg(not(target_arch = "x86_64"))]
+fn detected() -> Vec<&'static Kernels> {
+    Vec::new()
+}
 
 /// Values that one load brings into a private buffer: 4 KiB of f32, a fraction of the L1 cache.
 pub(crate) const TILE: usize = 1024;
@@ -48,6 +60,7 @@ type DecodeColumns = unsafe fn(&[u8], &mut [f32], &[f32], &[i32], bool);
 /// The functions of one instruction-set path. [`Kernels::best`] is what the free functions of this crate use.
 pub struct Kernels {
     name: &'static str,
+    groups: Option<unsafe fn(&mut Groups<'_>) -> Done>,
     load: unsafe fn(*const u8, FloatType, &mut [f32]),
     range: unsafe fn(&[f32]) -> TileRange,
     encode: unsafe fn(&[f32], &mut [u8], &Step) -> u64,
@@ -152,10 +165,11 @@ pub(crate) use versions;
 
 /// The path that every CPU has.
 mod baseline {
-    versions!();
+    crate::path::versions!();
 
     pub(super) static KERNELS: Kernels = Kernels {
         name: "portable",
+        groups: None,
         load,
         range,
         encode,
@@ -177,10 +191,7 @@ impl Kernels {
 
     /// Every path that this CPU can run, slowest first.
     pub fn all() -> Vec<&'static Self> {
-        let mut all = vec![&baseline::KERNELS];
-        #[cfg(target_arch = "x86_64")]
-        all.extend(x86::detected());
-        all
+        std::iter::once(&baseline::KERNELS).chain(detected()).collect()
     }
 
     /// The path's name: `portable`, `avx2`, `avx512`.
@@ -195,6 +206,32 @@ impl Kernels {
         let part = values.slice(at..at + out.len());
         // SAFETY: `part` is `out.len()` readable values; features were detected.
         unsafe { (self.load)(part.as_ptr(), part.dtype(), out) }
+    }
+
+    /// Quantizes adjoining whole groups where this path has a way of its own, `None` where it has not. Stops before a
+    /// group that needs a closer look.
+    #[allow(clippy::too_many_arguments, reason = "the parts of `Groups`, checked here")]
+    pub(crate) fn groups(
+        &self,
+        values: &Values<'_>,
+        at: usize,
+        len: usize,
+        codes: &mut [u8],
+        scales: &mut [f32],
+        zero_points: &mut [i32],
+        affine: &Affine,
+        stream: bool,
+    ) -> Option<Done> {
+        let run = self.groups?;
+        let n = scales.len();
+        if values.dtype() != FloatType::F32 || !len.is_multiple_of(GROUP_UNIT) || len == 0 {
+            return None;
+        }
+        assert!(zero_points.len() == n && codes.len() == n * len * usize::from(affine.bits) / 8);
+        let part = values.slice(at..at + n * len);
+        let values = part.as_ptr().cast();
+        // SAFETY: `part` is readable for all groups, the outputs were measured above; features were detected.
+        Some(unsafe { run(&mut Groups { values, len, codes, scales, zero_points, affine, stream }) })
     }
 
     pub(crate) fn range(&self, values: &[f32]) -> TileRange {

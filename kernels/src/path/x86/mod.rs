@@ -1,28 +1,32 @@
-//! The x86-64 paths: the portable loops compiled for AVX2 and for AVX-512.
+//! The x86-64 paths: the portable loops compiled for AVX2 and for AVX-512, and whole groups by hand.
 
 use crate::path::Kernels;
+
+mod avx2;
+mod avx512;
 
 /// What this CPU can run, slowest first.
 pub(super) fn detected() -> Vec<&'static Kernels> {
     let mut found: Vec<&'static Kernels> = Vec::new();
     if is_x86_feature_detected!("avx2") {
-        found.push(&avx2::KERNELS);
+        found.push(&loops_avx2::KERNELS);
         if is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512dq")
         {
-            found.push(&avx512::KERNELS);
+            found.push(&loops_avx512::KERNELS);
         }
     }
     found
 }
 
-mod avx2 {
+mod loops_avx2 {
     crate::path::versions!("avx2");
 
     pub(super) static KERNELS: Kernels = Kernels {
         name: "avx2",
+        groups: Some(super::avx2::groups),
         load,
         range,
         encode,
@@ -35,11 +39,12 @@ mod avx2 {
     };
 }
 
-mod avx512 {
+mod loops_avx512 {
     crate::path::versions!("avx2,avx512f,avx512bw,avx512vl,avx512dq");
 
     pub(super) static KERNELS: Kernels = Kernels {
         name: "avx512",
+        groups: Some(super::avx512::groups),
         load,
         range,
         encode,
