@@ -3,10 +3,14 @@
 //! `PROTOCOL.md` beside this crate draws every byte; the modules follow its sections.
 
 pub mod chunks;
+pub mod client;
+pub mod decode;
 pub mod descriptor;
 pub mod field;
+pub mod fit;
 pub mod message;
+pub mod meta;
 pub mod segment;
 pub mod socket;
-pub mod meta;
+pub mod table;
 pub mod wire;

@@ -1,0 +1,5 @@
+//! The Rust client.
+
+mod source;
+
+pub use source::Source;
