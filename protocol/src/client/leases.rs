@@ -1,0 +1,266 @@
+//! What a session holds: mappings by segment, holds on extents, and their way back.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::error::ClientError;
+use super::fork::{Mark, Process};
+use super::held::Held;
+use super::returns::{Return, ReturnQueue};
+use crate::message::{Lease, Release};
+use crate::segment::{Backing, Mapping, SegmentError};
+
+/// The leases of one session.
+#[derive(Debug)]
+pub(super) struct Leases {
+    process: Process,
+    backing: Backing,
+    instance: u64,
+    cache: Mutex<Cache>,
+    queue: ReturnQueue,
+    /// Taken from the queue, but too many for one frame.
+    backlog: Mutex<Vec<Release>>,
+    /// Holds that were taken and whose return has not been taken from the queue.
+    live: AtomicU64,
+    /// The housekeeping thread sleeps without a timeout and wants to be woken.
+    asleep: AtomicBool,
+    /// Nobody takes from the queue any more.
+    ended: AtomicBool,
+    wake: EventFd,
+}
+
+#[derive(Debug, Default)]
+struct Cache {
+    segments: HashMap<u64, Known>,
+    /// Segments that the daemon wants unmapped and that still have views.
+    leaving: Vec<(u64, Weak<Mapping>)>,
+}
+
+#[derive(Debug)]
+struct Known {
+    mapping: Arc<Mapping>,
+    /// The newest generation that was leased.
+    generation: u64,
+}
+
+/// A lease that was checked and has its memory, or one whose descriptor was lost on the way.
+pub(super) enum Attached {
+    Held(Held),
+    /// The descriptor has to be sent again (`OPEN` kind 2).
+    NoDescriptor,
+}
+
+impl Leases {
+    pub(super) fn new(backing: Backing, instance: u64) -> Result<Self, ClientError> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wake = EventFd::from_flags(flags)
+            .map_err(|errno| SegmentError::Os { what: "making an eventfd".to_owned(), errno })?;
+        Ok(Self {
+            process: Process::current(),
+            backing,
+            instance,
+            cache: Mutex::default(),
+            queue: ReturnQueue::default(),
+            backlog: Mutex::default(),
+            live: AtomicU64::new(0),
+            asleep: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            wake,
+        })
+    }
+
+    pub(super) fn backing(&self) -> Backing {
+        self.backing
+    }
+
+    pub(super) fn instance(&self) -> u64 {
+        self.instance
+    }
+
+    /// The eventfd that wakes the housekeeping thread.
+    pub(super) fn wake_fd(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// Turns a reply's lease into a hold on mapped memory. Every number in it is compared before it is used.
+    pub(super) fn attach(
+        self: &Arc<Self>,
+        lease: &Lease,
+        fds: &mut Vec<OwnedFd>,
+        name: &str,
+        created: bool,
+    ) -> Result<Attached, ClientError> {
+        let extent = lease.extent;
+        let end = extent.offset.checked_add(extent.length);
+        if end.is_none_or(|end| end > lease.segment_size) {
+            return Err(ClientError::protocol(format!(
+                "bytes {} + {} of segment {} were leased, which has {}",
+                extent.offset, extent.length, extent.segment, lease.segment_size
+            )));
+        }
+        let fresh = match fds.pop() {
+            Some(fd) => Some(Arc::new(Mapping::read_only(fd.as_fd(), lease.segment_size, self.backing)?)),
+            None => None,
+        };
+        fds.clear();
+        // What is replaced is unmapped after the lock, which other threads want.
+        let mut replaced = None;
+        let mapping = {
+            let mut cache = self.cache();
+            match (cache.segments.get_mut(&extent.segment), fresh) {
+                (Some(known), fresh) => {
+                    if extent.generation < known.generation
+                        || known.mapping.len() as u64 != lease.segment_size
+                    {
+                        return Err(ClientError::protocol(format!(
+                            "segment {} of {} bytes, generation {}, came back as {} bytes, generation {}",
+                            extent.segment,
+                            known.mapping.len(),
+                            known.generation,
+                            lease.segment_size,
+                            extent.generation
+                        )));
+                    }
+                    known.generation = extent.generation;
+                    if let Some(fresh) = fresh {
+                        replaced = Some(std::mem::replace(&mut known.mapping, fresh));
+                    }
+                    Arc::clone(&known.mapping)
+                }
+                (None, Some(mapping)) => {
+                    let known = Known { mapping: Arc::clone(&mapping), generation: extent.generation };
+                    cache.segments.insert(extent.segment, known);
+                    mapping
+                }
+                (None, None) => return Ok(Attached::NoDescriptor),
+            }
+        };
+        drop(replaced);
+        self.live.fetch_add(1, Ordering::SeqCst);
+        let release = Release { segment: extent.segment, generation: extent.generation, tainted: false };
+        let back = Return::new(release, mapping);
+        Ok(Attached::Held(Held::new(Arc::clone(self), back, lease, name, created, Mark::now())))
+    }
+
+    /// Takes a hold back. Called from [`Held`]'s drop, on any thread: never blocks, and sends nothing but a wake-up to a sleeper.
+    pub(super) fn give_back(&self, back: Box<Return>) {
+        if !self.process.is_current() {
+            // The hold is the parent's, which gives it back itself. Here only the memory goes.
+            return;
+        }
+        self.queue.push(back);
+        if self.ended.load(Ordering::SeqCst) {
+            drop(self.queue.take());
+        } else if self.asleep.load(Ordering::SeqCst) && self.asleep.swap(false, Ordering::SeqCst) {
+            self.wake();
+        }
+    }
+
+    /// Gives back a hold that never became a [`Held`].
+    pub(super) fn refuse(&self, lease: &Lease) {
+        let release =
+            Release { segment: lease.extent.segment, generation: lease.extent.generation, tainted: false };
+        lock(&self.backlog).push(release);
+        self.wake();
+    }
+
+    /// Moves up to `most` returned holds into `out`.
+    pub(super) fn take(&self, out: &mut Vec<Release>, most: usize) {
+        let mut backlog = lock(&self.backlog);
+        let mut mappings = Vec::new();
+        for back in self.queue.take() {
+            self.live.fetch_sub(1, Ordering::SeqCst);
+            backlog.push(back.release);
+            // Nearly always the cache has it, too, and this is a decrement.
+            if Arc::strong_count(&back.mapping) == 1 {
+                mappings.push(back.mapping);
+            }
+        }
+        let n = backlog.len().min(most);
+        out.extend(backlog.drain(..n));
+        drop(backlog);
+        drop(mappings);
+    }
+
+    /// Puts back what could not be sent.
+    pub(super) fn untake(&self, list: Vec<Release>) {
+        lock(&self.backlog).extend(list);
+    }
+
+    /// Holds that live, the returned but not yet taken ones included.
+    pub(super) fn live(&self) -> u64 {
+        self.live.load(Ordering::SeqCst)
+    }
+
+    /// Wakes the housekeeping thread.
+    pub(super) fn wake(&self) {
+        // The only refusal is a counter at its limit, which wakes as well.
+        let _ = self.wake.write(1);
+    }
+
+    /// Announces sleep without end, unless there is something to do.
+    pub(super) fn may_sleep(&self) -> bool {
+        self.asleep.store(true, Ordering::SeqCst);
+        let nothing =
+            self.queue.is_empty() && lock(&self.backlog).is_empty() && self.cache().leaving.is_empty();
+        if !nothing {
+            self.asleep.store(false, Ordering::SeqCst);
+        }
+        nothing
+    }
+
+    /// The daemon wants a segment unmapped. True if that is done; else it is once the last view has gone, see [`left`](Self::left).
+    pub(super) fn unmap(&self, segment: u64) -> bool {
+        let known = self.cache().segments.remove(&segment);
+        let Some(Known { mapping, .. }) = known else { return true };
+        match Arc::try_unwrap(mapping) {
+            Ok(mapping) => {
+                drop(mapping);
+                true
+            }
+            Err(mapping) => {
+                let weak = Arc::downgrade(&mapping);
+                drop(mapping);
+                self.cache().leaving.push((segment, weak));
+                false
+            }
+        }
+    }
+
+    /// Segments that were to be unmapped and now are.
+    pub(super) fn left(&self) -> Vec<u64> {
+        let mut cache = self.cache();
+        let (gone, stay) =
+            std::mem::take(&mut cache.leaving).into_iter().partition(|(_, m)| m.strong_count() == 0);
+        cache.leaving = stay;
+        let gone: Vec<(u64, Weak<Mapping>)> = gone;
+        gone.into_iter().map(|(segment, _)| segment).collect()
+    }
+
+    /// The session is over: idle mappings go, those with views stay as long as these.
+    pub(super) fn end(&self) {
+        self.ended.store(true, Ordering::SeqCst);
+        drop(self.queue.take());
+        let segments = std::mem::take(&mut self.cache().segments);
+        drop(segments);
+    }
+
+    /// In a forked child: drops the mappings that no inherited view needs, if no thread of the parent was at them.
+    pub(super) fn abandon(&self) {
+        let segments = self.cache.try_lock().map(|mut cache| std::mem::take(&mut cache.segments));
+        drop(segments);
+    }
+
+    fn cache(&self) -> MutexGuard<'_, Cache> {
+        lock(&self.cache)
+    }
+}
+
+/// A lock whose holders never leave it half-changed.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

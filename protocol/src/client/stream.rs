@@ -1,0 +1,262 @@
+//! The way of the values: descriptor and chunks into the window, `QUANTIZE` and `WROTE` to the daemon, and its answer back.
+
+use std::time::{Duration, Instant};
+
+use super::clock::{Clock, Stop};
+use super::copying::Helpers;
+use super::error::ClientError;
+use super::filling::Filling;
+use super::lane::{Event, Lane, Wire};
+use super::primary::Primary;
+use super::report::{ITEM_BYTES, ItemReport};
+use super::session::Progress;
+use super::source::Source;
+use super::window::Window;
+use crate::chunks::ChunkList;
+use crate::message::{ErrorCode, Lease, Message, Naming, Quantize, Release};
+
+/// Up to here all values are written before the request is sent, which makes it one round trip.
+const SMALL: u64 = 1 << 20;
+/// From here on other threads help to copy.
+const LARGE: u64 = 4 << 20;
+/// Bytes between two `WROTE`.
+const ANNOUNCE: u64 = 2 << 20;
+/// How long a cancelled request may take to be answered.
+const AFTERMATH: Duration = Duration::from_secs(10);
+/// How long a call waits for its own copying threads before it looks at the connection again.
+const GLANCE: Duration = Duration::from_millis(2);
+
+/// What a request needs besides its lane.
+pub(super) struct Request<'a> {
+    pub(super) source: &'a dyn Source,
+    pub(super) naming: Option<Naming>,
+    pub(super) releases: Vec<Release>,
+    pub(super) progress: Option<&'a Progress<'a>>,
+    pub(super) helpers: &'a Helpers,
+    /// For `CANCEL` when all is written.
+    pub(super) primary: &'a Primary,
+    /// How long to ask for the reply before sleeping.
+    pub(super) spin: Duration,
+}
+
+/// A request's result; its descriptor, if one came, is in the lane.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub(super) lease: Lease,
+    pub(super) report: Vec<ItemReport>,
+    /// False if a dataset of that name existed already.
+    pub(super) computed: bool,
+    /// The caller does not want it any more.
+    pub(super) interrupted: bool,
+}
+
+/// How a request went that came to an end.
+pub(super) type Outcome = Result<Answer, ClientError>;
+
+/// Runs one request, whose descriptor is in [`Lane::scratch`]. If this fails itself, the lane cannot be used again.
+pub(super) fn run(
+    lane: &mut Lane,
+    request: Request<'_>,
+    clock: &mut Clock<'_>,
+) -> Result<Outcome, ClientError> {
+    let bytes = lane.scratch.len() as u64;
+    let most = lane.window.len() / 4;
+    if bytes > most || !lane.window.write(&lane.scratch) {
+        return Ok(Err(ClientError::TooLarge { bytes, most }));
+    }
+    let list = ChunkList::new(request.source.descriptor(), bytes, lane.window.len());
+    let Ok(chunks) = u32::try_from(list.chunks.len()) else {
+        return Ok(Err(ClientError::TooLarge { bytes: u64::MAX, most }));
+    };
+    let Request { source, naming, releases, progress, helpers, primary, spin } = request;
+    let timeout = clock.milliseconds();
+    let quantize =
+        |ready| Message::Quantize(Quantize { descriptor: bytes, ready, timeout, named: naming, releases });
+    let total = bytes_of(&list, 0, list.chunks.len());
+    let mut stream = Stream { list: &list, total, progress, primary, cancelled: None };
+    let Lane { wire, window, .. } = lane;
+    wire.begin();
+
+    let message = if list.resident && total <= SMALL {
+        let filling = Filling::new(&list, source, window)?;
+        while filling.step() {}
+        wire.send(&quantize(chunks), clock)?;
+        stream.report(total);
+        stream.answer(wire, spin, clock)?
+    } else {
+        // Before any value is copied: the daemon plans and makes room meanwhile.
+        wire.send(&quantize(0), clock)?;
+        let filling = Filling::new(&list, source, window)?;
+        let mut main = || {
+            // On every way out, a panic included: helpers must not wait for ever.
+            let _stop = StopOnDrop(&filling);
+            stream.pump(wire, &filling, clock)
+        };
+        let streamed = if total >= LARGE { helpers.with(&|| filling.help(), main) } else { main() };
+        match streamed? {
+            Some(message) => message,
+            None => stream.answer(wire, Duration::ZERO, clock)?,
+        }
+    };
+    stream.outcome(window, message, clock)
+}
+
+struct StopOnDrop<'a, 'b>(&'a Filling<'b>);
+
+impl Drop for StopOnDrop<'_, '_> {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+struct Stream<'a> {
+    list: &'a ChunkList,
+    total: u64,
+    progress: Option<&'a Progress<'a>>,
+    primary: &'a Primary,
+    cancelled: Option<Stop>,
+}
+
+impl Stream<'_> {
+    /// Writes and announces until all is written, the call has to stop, or the answer is there (which is then given).
+    fn pump(
+        &mut self,
+        wire: &mut Wire,
+        filling: &Filling<'_>,
+        clock: &mut Clock<'_>,
+    ) -> Result<Option<Message>, ClientError> {
+        let all = self.list.chunks.len();
+        let (mut announced, mut consumed, mut done) = (0, 0, 0);
+        loop {
+            while let Some(event) = wire.look()? {
+                if let Some(message) = self.event(event, announced, &mut consumed, filling)? {
+                    return Ok(Some(message));
+                }
+            }
+            if let Some(stop) = clock.check() {
+                self.cancelled = Some(stop);
+                filling.stop();
+                let (lane, request) = (wire.lane, wire.request);
+                // The caller's time is over; telling the daemon takes time of its own.
+                wire.send(&Message::Cancel { lane, request }, &mut Clock::new(Some(AFTERMATH), None))?;
+                return Ok(None);
+            }
+            let wrote = filling.step();
+            // None: a copying thread panicked, and so does this one when all have left.
+            let Some(mark) = filling.watermark() else { return Err(ClientError::Cancelled) };
+            let fresh = bytes_of(self.list, announced, mark);
+            // A daemon that has nothing to do is told at once.
+            if mark > announced && (mark == all || !wrote || fresh >= ANNOUNCE || announced == 0) {
+                wire.send(&Message::Wrote { chunks: mark as u32 }, clock)?;
+                announced = mark;
+                done += fresh;
+                self.report(done);
+            }
+            if announced == all {
+                return Ok(None);
+            }
+            if wrote || filling.wait_for_others(GLANCE) {
+                continue;
+            }
+            // The window is full: the daemon has the word.
+            if let Some(event) = wire.wait(Duration::ZERO, clock.wait_until())?
+                && let Some(message) = self.event(event, announced, &mut consumed, filling)?
+            {
+                return Ok(Some(message));
+            }
+        }
+    }
+
+    fn event(
+        &self,
+        event: Event,
+        announced: usize,
+        consumed: &mut usize,
+        filling: &Filling<'_>,
+    ) -> Result<Option<Message>, ClientError> {
+        match event {
+            Event::Reply(message) => {
+                filling.stop();
+                Ok(Some(message))
+            }
+            Event::Consumed(chunks) => {
+                let chunks = chunks as usize;
+                if chunks < *consumed || chunks > announced {
+                    let text = format!("CONSUMED {chunks} after {consumed}, with {announced} chunks written");
+                    return Err(ClientError::protocol(text));
+                }
+                *consumed = chunks;
+                filling.consumed(chunks);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Waits for the answer after everything was sent.
+    fn answer(
+        &mut self,
+        wire: &mut Wire,
+        mut spin: Duration,
+        clock: &mut Clock<'_>,
+    ) -> Result<Message, ClientError> {
+        let mut last = self.cancelled.map(|stop| (stop, Instant::now() + AFTERMATH));
+        loop {
+            let until = last.map(|(_, at)| at).or_else(|| clock.wait_until());
+            if let Some(Event::Reply(message)) = wire.wait(spin, until)? {
+                return Ok(message);
+            }
+            spin = Duration::ZERO;
+            if let Some((stop, at)) = last {
+                if Instant::now() >= at {
+                    return Err(clock.error(stop));
+                }
+            } else if let Some(stop) = clock.check() {
+                self.cancelled = Some(stop);
+                last = Some((stop, Instant::now() + AFTERMATH));
+                let (lane, request) = (wire.lane, wire.request);
+                self.primary.tell(&Message::Cancel { lane, request }, "cancelling a request")?;
+            }
+        }
+    }
+
+    fn outcome(
+        &self,
+        window: &mut Window,
+        message: Message,
+        clock: &Clock<'_>,
+    ) -> Result<Outcome, ClientError> {
+        match message {
+            Message::Done { lease, report } => {
+                let bytes = if report % ITEM_BYTES == 0 { window.read(report) } else { None };
+                let Some(bytes) = bytes else {
+                    return Err(ClientError::protocol(format!("a report of {report} bytes")));
+                };
+                self.report(self.total);
+                Ok(Ok(Answer {
+                    lease,
+                    report: ItemReport::read_all(&bytes),
+                    computed: report > 0,
+                    interrupted: self.cancelled == Some(Stop::Interrupted),
+                }))
+            }
+            Message::Error(failure) => Ok(Err(match self.cancelled {
+                // What the daemon calls CANCELLED has one of these names here.
+                Some(stop) if failure.code == ErrorCode::Cancelled => clock.error(stop),
+                _ => ClientError::Refused(failure),
+            })),
+            other => Err(ClientError::protocol(format!("QUANTIZE was answered by {other:?}"))),
+        }
+    }
+
+    fn report(&self, done: u64) {
+        if let Some(progress) = self.progress {
+            progress(done, self.total);
+        }
+    }
+}
+
+/// Bytes that are written for the chunks `from..to`.
+fn bytes_of(list: &ChunkList, from: usize, to: usize) -> u64 {
+    let chunks = list.chunks.get(from..to).unwrap_or_default();
+    chunks.iter().filter(|c| !c.shared).map(|c| c.bytes).sum()
+}
