@@ -3,12 +3,12 @@
 //! `cargo bench -p shmquant-kernels [-- MiB [words that a case's name contains]]`. `cached` is one thread on 256 KiB in
 //! billions of elements a second; `stream` is two threads on the whole buffer in GB/s of input and as a ratio to what
 //! two threads of memcpy reached right before and after.
-#![allow(clippy::print_stdout, clippy::expect_used, reason = "a program for people to run")]
+#![allow(unsafe_code, clippy::print_stdout, clippy::expect_used, reason = "a program for people to run")]
 
 use std::time::Instant;
 
 use shmquant_kernels::{
-    Affine, Granularity, Kernels, Layout, Mapping, OnNonFinite, Range, Scheme, Values, ZeroPoints,
+    Affine, FloatType, Granularity, Kernels, Layout, Mapping, OnNonFinite, Range, Scheme, Values, ZeroPoints,
     ZeroPointsMut,
 };
 
@@ -23,6 +23,7 @@ enum Work {
     Scan,
     Encode(Granularity),
     Decode(Granularity),
+    Measure(Granularity),
 }
 
 struct Case {
@@ -30,11 +31,14 @@ struct Case {
     scheme: Scheme,
     mapping: Option<Mapping>,
     work: Work,
+    /// The same bytes are read as values of this format.
+    dtype: FloatType,
 }
 
 fn cases() -> Vec<Case> {
     use Granularity::{Dimension, Group, Row, Tensor};
-    let case = |name, scheme, work| Case { name, scheme, mapping: None, work };
+    let case = |name, scheme, work| Case { name, scheme, mapping: None, work, dtype: FloatType::F32 };
+    let half = |name, scheme, work| Case { name, scheme, mapping: None, work, dtype: FloatType::Bf16 };
     vec![
         case("int8 row", Scheme::Int8, Work::Fused(Row)),
         case("int8 group128", Scheme::Int8, Work::Fused(Group)),
@@ -43,10 +47,13 @@ fn cases() -> Vec<Case> {
         case("int4 group128", Scheme::Int4, Work::Fused(Group)),
         case("uint4 group128", Scheme::UInt4, Work::Fused(Group)),
         case("uint2 group128", Scheme::UInt2, Work::Fused(Group)),
+        half("int8 row bf16", Scheme::Int8, Work::Fused(Row)),
+        half("uint4 group128 bf16", Scheme::UInt4, Work::Fused(Group)),
         case("scan tensor", Scheme::Int8, Work::Scan),
         case("encode int8 tensor", Scheme::Int8, Work::Encode(Tensor)),
         case("encode uint8 dimension", Scheme::UInt8, Work::Encode(Dimension)),
         case("decode int8 row", Scheme::Int8, Work::Decode(Row)),
+        case("measure int8 row", Scheme::Int8, Work::Measure(Row)),
         case("decode uint4 group128", Scheme::UInt4, Work::Decode(Group)),
     ]
 }
@@ -61,35 +68,41 @@ struct Buffers {
 impl Buffers {
     fn new(values: usize) -> Self {
         Self {
-            codes: vec![1; values],
-            scales: vec![1.0; (values / 32).max(ROW)],
-            zeros: vec![0.0; (values / 32).max(ROW)],
+            codes: vec![1; 2 * values],
+            scales: vec![1.0; (values / 16).max(ROW)],
+            zeros: vec![0.0; (values / 16).max(ROW)],
             out: vec![0.0; values],
         }
     }
+}
+
+fn bytes_of(values: &[f32]) -> &[u8] {
+    // SAFETY: every byte of an f32 is a byte.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), std::mem::size_of_val(values)) }
 }
 
 /// One chunk of whole rows.
 fn chunk(kernels: &Kernels, case: &Case, values: &[f32], b: &mut Buffers, at: usize, total: usize) {
     let affine = Affine::new(case.scheme, case.mapping).expect("a combination of the table");
     let granularity = match case.work {
-        Work::Fused(g) | Work::Encode(g) | Work::Decode(g) => g,
+        Work::Fused(g) | Work::Encode(g) | Work::Decode(g) | Work::Measure(g) => g,
         Work::Scan => Granularity::Tensor,
     };
     let layout = Layout {
-        rows: (total / ROW) as u64,
+        rows: (total * 4 / case.dtype.size() / ROW) as u64,
         k: ROW as u64,
         group: 128,
         granularity,
         pad_rows: false,
         packed: true,
     };
-    let (first, len) = (at as u64, values.len() as u64);
+    let input = Values::from_bytes(bytes_of(values), case.dtype);
+    let at = at * 4 / case.dtype.size();
+    let (first, len) = (at as u64, input.len() as u64);
     let params = layout.param_range(first, len);
     let params = params.start as usize..params.end as usize;
     let from = layout.code_byte_offset(first, affine.bits) as usize;
     let codes = from..from + layout.chunk_code_bytes(first, len, affine.bits) as usize;
-    let input = Values::from_f32(values);
     let policy = OnNonFinite::Error;
     let mut nulled = Vec::new();
     match case.work {
@@ -131,9 +144,23 @@ fn chunk(kernels: &Kernels, case: &Case, values: &[f32], b: &mut Buffers, at: us
                 )
                 .expect("finite values");
         }
+        Work::Measure(_) => {
+            let zeros = ZeroPoints::F32(&b.zeros[params.clone()]);
+            let sums = kernels.measure(
+                input,
+                first,
+                &layout,
+                &affine,
+                &b.scales[params],
+                zeros,
+                &b.codes[codes],
+                policy,
+            );
+            std::hint::black_box(sums);
+        }
         Work::Decode(_) => {
             let zeros = ZeroPoints::F32(&b.zeros[params.clone()]);
-            let out = &mut b.out[at..at + values.len()];
+            let out = &mut b.out[at..at + input.len()];
             kernels.decode(&b.codes[codes], first, &layout, &affine, &b.scales[params], zeros, out);
         }
     }
@@ -169,7 +196,9 @@ fn main() {
     let values: Vec<f32> = (0..n)
         .map(|_| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            ((state >> 40) as f32 / (1 << 24) as f32 - 0.5) * 6.0
+            let value = ((state >> 40) as f32 / (1 << 24) as f32 - 0.5) * 6.0;
+            // The low half is read as a bfloat16 too, and must be finite.
+            f32::from_bits(value.to_bits() & !0x4000)
         })
         .collect();
     let half = n / THREADS / CHUNK * CHUNK;
@@ -202,7 +231,7 @@ fn main() {
             }
             println!(
                 "{name:34} cached {:6.2} G/s   stream {:6.1} GB/s   {:5.2} of memcpy {:5.1}",
-                100.0 * CACHED as f64 / cached / 1e9,
+                100.0 * (CACHED * 4 / case.dtype.size()) as f64 / cached / 1e9,
                 bytes / streamed / 1e9,
                 copied / streamed,
                 bytes / copied / 1e9,

@@ -89,7 +89,7 @@ impl<'a> Decoder<'a> {
             base_bit: if len == 0 { 0 } else { (layout.code_bit(first, affine.bits) & !7) as usize },
             base_param: params.start,
             layout: *layout,
-            joined: layout.joined(affine.bits, true),
+            joined: layout.joined(affine.bits),
             affine,
             scales,
             zero_points,

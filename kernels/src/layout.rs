@@ -189,7 +189,7 @@ impl Layout {
 
     /// The same places with as few rows as possible, so that loops run long: rows become groups, and rows whose
     /// codes adjoin become one row.
-    pub(crate) fn joined(&self, bits: u8, join_rows: bool) -> Self {
+    pub(crate) fn joined(&self, bits: u8) -> Self {
         let mut out = *self;
         if out.granularity == Granularity::Row {
             out.granularity = Granularity::Group;
@@ -201,7 +201,7 @@ impl Layout {
             Granularity::Group => out.group != 0 && out.k.is_multiple_of(out.group),
             _ => false,
         };
-        if join_rows && adjoin && whole {
+        if adjoin && whole {
             out.k *= out.rows;
             out.rows = 1;
         }

@@ -5,6 +5,7 @@ use crate::fault::OnNonFinite;
 use crate::layout::Layout;
 use crate::path::{Kernels, TILE};
 use crate::scheme::{Affine, ZeroPoints};
+use crate::source::left_out;
 use crate::values::Values;
 
 /// Elements of one block; blocks are counted from a chunk's start.
@@ -115,14 +116,14 @@ impl Kernels {
             let (x, y) = (&mut x[..n], &mut y[..n]);
             self.load(&values, at, x);
             decoder.read(at, y);
+            for part in left_out(&nulled, layout.k.max(1), first + at as u64, n) {
+                x[part].fill(f32::NAN);
+            }
             let mut counted = n as u64;
-            if !nulled.is_empty() || !self.range(x).finite {
-                for i in 0..n {
-                    let row = (first + (at + i) as u64) / layout.k.max(1);
-                    if !x[i].is_finite() || nulled.binary_search(&row).is_ok() {
-                        (x[i], y[i]) = (0.0, 0.0);
-                        counted -= 1;
-                    }
+            if !self.range(x).finite {
+                for (x, y) in x.iter_mut().zip(y.iter_mut()).filter(|(x, _)| !x.is_finite()) {
+                    (*x, *y) = (0.0, 0.0);
+                    counted -= 1;
                 }
             }
             let mut block = sum_block(x, y);

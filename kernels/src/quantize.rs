@@ -6,7 +6,7 @@ use crate::packing::put;
 use crate::path::{Kernels, Step, TILE};
 use crate::scheme::{Affine, Range, ZeroPoints, ZeroPointsMut, params_from_range};
 use crate::source::Source;
-use crate::values::Values;
+use crate::values::{FloatType, Values};
 
 /// Quantizes a chunk whose domains (rows, groups, the whole tensor) are complete: range, parameters and codes, each
 /// domain while it is in the cache.
@@ -127,7 +127,7 @@ impl Kernels {
         }
 
         let source = Source::new(self, values, first, layout, policy)?;
-        let joined = layout.joined(affine.bits, source.nulled.is_empty());
+        let joined = layout.joined(affine.bits);
         let mut work = Encoder::new(source, layout, affine, codes);
         let base = layout.param_index(first);
         for piece in joined.pieces(first, values.len(), affine.bits) {
@@ -165,7 +165,7 @@ impl Kernels {
         let mut source = Source::new(self, values, first, layout, policy)?;
         let mut tile = [0f32; TILE];
         // 8 bits: codes play no part here, so rows may always be joined.
-        let joined = layout.joined(8, source.nulled.is_empty());
+        let joined = layout.joined(8);
         for piece in joined.pieces(first, values.len(), 8) {
             let mut at = 0;
             while at < piece.len {
@@ -173,7 +173,7 @@ impl Kernels {
                 let mut done = 0;
                 while done < part.len {
                     let tile = &mut tile[..(part.len - done).min(TILE)];
-                    let loaded = source.load(part.at + done, part.row, tile)?;
+                    let loaded = source.load(part.at + done, tile)?;
                     if joined.granularity == Granularity::Dimension {
                         let column = part.col as usize + done;
                         let columns = &mut ranges[column..column + tile.len()];
@@ -209,7 +209,7 @@ impl Kernels {
     ) -> Result<Counters, Fault> {
         check(values, first, layout, affine, codes.len(), scales.len(), zero_points.len());
         let source = Source::new(self, values, first, layout, policy)?;
-        let joined = layout.joined(affine.bits, source.nulled.is_empty());
+        let joined = layout.joined(affine.bits);
         let mut work = Encoder::new(source, layout, affine, codes);
         let base = layout.param_range(first, values.len() as u64).start;
         let columns: Vec<i32> = match joined.granularity {
@@ -321,7 +321,7 @@ impl<'a> Encoder<'a> {
         let mut done = 0;
         while done < part.len {
             let n = (part.len - done).min(TILE);
-            let loaded = self.source.load(part.at + done, part.row, &mut self.tile[..n])?;
+            let loaded = self.source.load(part.at + done, &mut self.tile[..n])?;
             range.merge(loaded.range);
             if part.len <= TILE {
                 self.counters.n_nonfinite += loaded.nonfinite;
@@ -341,7 +341,8 @@ impl<'a> Encoder<'a> {
         Ok((scale, zero_point))
     }
 
-    /// As many adjoining groups like `part` as the path can take on its own, at most `groups`.
+    /// As many adjoining groups like `part` as the path can take on its own, at most `groups`: straight from the
+    /// source, or from a tile where values have to be widened or rows left out.
     fn fuse_groups(
         &mut self,
         part: &Piece,
@@ -351,23 +352,33 @@ impl<'a> Encoder<'a> {
         param: usize,
     ) -> usize {
         const BATCH: usize = 256;
+        let kernels = self.source.kernels;
         let bits = usize::from(self.affine.bits);
-        if self.stored != self.affine.bits || !part.bit.is_multiple_of(8) || !self.source.nulled.is_empty() {
+        if self.stored != self.affine.bits
+            || !part.bit.is_multiple_of(8)
+            || !kernels.takes_groups_of(part.len)
+        {
             return 0;
         }
+        let direct = self.source.values.dtype() == FloatType::F32 && self.source.nulled.is_empty();
+        let batch = if direct { BATCH } else { TILE / part.len };
         let stream = self.source.values.len() >= STREAM_FROM;
         let mut zeros = [0; BATCH];
         let mut done = 0;
-        while done < groups {
-            let n = (groups - done).min(BATCH);
+        while done < groups && batch > 0 {
+            let n = (groups - done).min(batch);
             let at = part.at + done * part.len;
+            let values = if direct {
+                self.source.values.slice(at..at + n * part.len)
+            } else {
+                let tile = &mut self.tile[..n * part.len];
+                self.source.load_unchecked(at, tile);
+                Values::from_f32(tile)
+            };
             let byte = part.bit / 8 + done * part.len * bits / 8;
             let codes = &mut self.codes[byte..byte + n * part.len * bits / 8];
             let (scales, zeros) = (&mut scales[done..done + n], &mut zeros[..n]);
-            let kernels = self.source.kernels;
-            let run =
-                kernels.groups(&self.source.values, at, part.len, codes, scales, zeros, self.affine, stream);
-            let Some(run) = run else { break };
+            let run = kernels.groups(values, part.len, codes, scales, zeros, self.affine, stream);
             self.counters.n_clipped += run.clipped;
             self.counters.n_degenerate_groups += run.degenerate;
             for (i, &zero_point) in zeros.iter().enumerate().take(run.groups) {
@@ -386,7 +397,7 @@ impl<'a> Encoder<'a> {
         let mut done = 0;
         while done < part.len {
             let n = (part.len - done).min(TILE);
-            let loaded = self.source.load(part.at + done, part.row, &mut self.tile[..n])?;
+            let loaded = self.source.load(part.at + done, &mut self.tile[..n])?;
             self.counters.n_nonfinite += loaded.nonfinite;
             self.write(n, part.bit + done * usize::from(self.stored), step, loaded.infinities);
             done += n;
@@ -399,7 +410,7 @@ impl<'a> Encoder<'a> {
         let mut done = 0;
         while done < piece.len {
             let n = (piece.len - done).min(TILE);
-            let loaded = self.source.load(piece.at + done, piece.row, &mut self.tile[..n])?;
+            let loaded = self.source.load(piece.at + done, &mut self.tile[..n])?;
             self.counters.n_nonfinite += loaded.nonfinite;
             let columns = piece.col as usize + done..piece.col as usize + done + n;
             let kernels = self.source.kernels;

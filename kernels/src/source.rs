@@ -1,5 +1,7 @@
 //! One chunk's values on their way into a tile: policy on non-finite values, rows left out, faults with their place.
 
+use std::ops;
+
 use crate::fault::{Fault, OnNonFinite};
 use crate::layout::Layout;
 use crate::path::Kernels;
@@ -11,6 +13,7 @@ pub(crate) struct Source<'a> {
     pub(crate) values: Values<'a>,
     pub(crate) first: u64,
     policy: OnNonFinite,
+    k: u64,
     /// Rows to leave out, ascending. Only under [`OnNonFinite::Null`].
     pub(crate) nulled: Vec<u64>,
     /// Non-finite values in those rows.
@@ -36,21 +39,33 @@ impl<'a> Source<'a> {
         layout: &Layout,
         policy: OnNonFinite,
     ) -> Result<Self, Fault> {
-        let mut source =
-            Self { kernels, values, first, policy, nulled: Vec::new(), nulled_values: 0, examined: false };
+        let mut source = Self {
+            kernels,
+            values,
+            first,
+            policy,
+            k: layout.k.max(1),
+            nulled: Vec::new(),
+            nulled_values: 0,
+            examined: false,
+        };
         if policy == OnNonFinite::Null {
-            source.find_nulled(layout)?;
+            source.find_nulled()?;
         }
         Ok(source)
     }
 
-    /// Reads `tile.len()` values from offset `at`, all of row `row` if any row is left out.
-    pub(crate) fn load(&mut self, at: usize, row: u64, tile: &mut [f32]) -> Result<Loaded, Fault> {
-        if !self.nulled.is_empty() && self.nulled.binary_search(&row).is_ok() {
-            tile.fill(0.0);
-            return Ok(Loaded { range: Range::EMPTY, nonfinite: 0, infinities: 0 });
-        }
+    /// Reads `tile.len()` values from offset `at` as they are, but for the rows left out.
+    pub(crate) fn load_unchecked(&self, at: usize, tile: &mut [f32]) {
         self.kernels.load(&self.values, at, tile);
+        for part in left_out(&self.nulled, self.k, self.first + at as u64, tile.len()) {
+            tile[part].fill(0.0);
+        }
+    }
+
+    /// Reads `tile.len()` values from offset `at` and applies the policy.
+    pub(crate) fn load(&mut self, at: usize, tile: &mut [f32]) -> Result<Loaded, Fault> {
+        self.load_unchecked(at, tile);
         let seen = self.kernels.range(tile);
         if seen.finite {
             return Ok(Loaded { range: seen.range, nonfinite: 0, infinities: 0 });
@@ -103,7 +118,7 @@ impl<'a> Source<'a> {
         Ok(())
     }
 
-    fn find_nulled(&mut self, layout: &Layout) -> Result<(), Fault> {
+    fn find_nulled(&mut self) -> Result<(), Fault> {
         let mut tile = [0f32; crate::path::TILE];
         let mut at = 0;
         while at < self.values.len() {
@@ -111,9 +126,8 @@ impl<'a> Source<'a> {
             self.kernels.load(&self.values, at, tile);
             if !self.kernels.range(tile).finite {
                 self.examine(at, tile)?;
-                for (i, v) in tile.iter().enumerate().filter(|(_, v)| !v.is_finite()) {
-                    debug_assert!(!v.is_finite());
-                    let row = (self.first + (at + i) as u64) / layout.k.max(1);
+                for (i, _) in tile.iter().enumerate().filter(|(_, v)| !v.is_finite()) {
+                    let row = (self.first + (at + i) as u64) / self.k;
                     if self.nulled.last() != Some(&row) {
                         self.nulled.push(row);
                     }
@@ -124,4 +138,19 @@ impl<'a> Source<'a> {
         }
         Ok(())
     }
+}
+
+/// The parts of a run of `len` elements from `first` on that belong to the rows in `nulled` (ascending).
+pub(crate) fn left_out(
+    nulled: &[u64],
+    k: u64,
+    first: u64,
+    len: usize,
+) -> impl Iterator<Item = ops::Range<usize>> {
+    let end = first + len as u64;
+    let from = if nulled.is_empty() { 0 } else { nulled.partition_point(|&row| row < first / k) };
+    nulled[from..].iter().map_while(move |&row| {
+        let (start, stop) = ((row * k).max(first), ((row + 1) * k).min(end));
+        (start < end).then(|| (start - first) as usize..(stop - first) as usize)
+    })
 }

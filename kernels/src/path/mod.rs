@@ -96,9 +96,9 @@ macro_rules! versions {
         unsafe fn load(from: *const u8, dtype: FloatType, out: &mut [f32]) {
             // SAFETY: the caller vouches for `out.len()` readable values at `from`; every read is unaligned.
             unsafe {
+                crate::path::prefetch(from, out.len() * dtype.size());
                 match dtype {
                     FloatType::F32 => {
-                        crate::path::prefetch(from, out.len() * 4);
                         std::ptr::copy_nonoverlapping(from, out.as_mut_ptr().cast::<u8>(), out.len() * 4);
                     }
                     FloatType::F16 => {
@@ -208,30 +208,33 @@ impl Kernels {
         unsafe { (self.load)(part.as_ptr(), part.dtype(), out) }
     }
 
-    /// Quantizes adjoining whole groups where this path has a way of its own, `None` where it has not. Stops before a
-    /// group that needs a closer look.
+    /// Whether [`Kernels::groups`] takes on groups of this length.
+    pub(crate) fn takes_groups_of(&self, len: usize) -> bool {
+        self.groups.is_some() && len > 0 && len.is_multiple_of(GROUP_UNIT)
+    }
+
+    /// Quantizes adjoining groups of f32. Stops before a group that needs a closer look.
     #[allow(clippy::too_many_arguments, reason = "the parts of `Groups`, checked here")]
     pub(crate) fn groups(
         &self,
-        values: &Values<'_>,
-        at: usize,
+        values: Values<'_>,
         len: usize,
         codes: &mut [u8],
         scales: &mut [f32],
         zero_points: &mut [i32],
         affine: &Affine,
         stream: bool,
-    ) -> Option<Done> {
-        let run = self.groups?;
+    ) -> Done {
+        let Some(run) = self.groups.filter(|_| self.takes_groups_of(len)) else { return Done::default() };
         let n = scales.len();
-        if values.dtype() != FloatType::F32 || !len.is_multiple_of(GROUP_UNIT) || len == 0 {
-            return None;
-        }
+        assert!(
+            values.dtype() == FloatType::F32 && values.len() == n * len,
+            "{values:?}: {n} groups of {len}"
+        );
         assert!(zero_points.len() == n && codes.len() == n * len * usize::from(affine.bits) / 8);
-        let part = values.slice(at..at + n * len);
-        let values = part.as_ptr().cast();
-        // SAFETY: `part` is readable for all groups, the outputs were measured above; features were detected.
-        Some(unsafe { run(&mut Groups { values, len, codes, scales, zero_points, affine, stream }) })
+        let values = values.as_ptr().cast();
+        // SAFETY: values and outputs were measured above; features were detected.
+        unsafe { run(&mut Groups { values, len, codes, scales, zero_points, affine, stream }) }
     }
 
     pub(crate) fn range(&self, values: &[f32]) -> TileRange {
