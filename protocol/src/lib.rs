@@ -7,6 +7,7 @@ pub mod client;
 pub mod decode;
 pub mod descriptor;
 pub mod field;
+pub mod files;
 pub mod fit;
 pub mod message;
 pub mod meta;
