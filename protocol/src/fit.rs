@@ -14,7 +14,7 @@ use crate::chunks::{Action, CHUNK_BYTES, Chunk};
 use crate::client::Source;
 use crate::descriptor::{Body, Item, Params, Role, Spec, Values, params_id};
 use crate::meta::{decode_f32, encode_f32};
-use crate::table::{Details, InputError, Table, TableOptions};
+use crate::table::{Details, InputError, LayerInput, Table, TableOptions};
 
 /// Scales and zero points by column or layer, with the scheme they belong to.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,6 +38,18 @@ impl TableParams {
         schema: SchemaRef,
         batches: Vec<RecordBatch>,
         options: &TableOptions,
+    ) -> Result<Self, InputError> {
+        Self::fit_with(options, |options| Table::from_batches(schema, batches, options))
+    }
+
+    /// The same for layers that lie in memory one by one.
+    pub fn fit_layers(layers: Vec<LayerInput>, options: &TableOptions) -> Result<Self, InputError> {
+        Self::fit_with(options, |options| Table::from_layers(layers, false, options))
+    }
+
+    fn fit_with(
+        options: &TableOptions,
+        table: impl FnOnce(&TableOptions) -> Result<Table, InputError>,
     ) -> Result<Self, InputError> {
         let argument = |details: Details| InputError::Argument(Box::new(details));
         if options.granularity == Some(Granularity::Group) || options.group_size.is_some() {
@@ -63,7 +75,7 @@ impl TableParams {
         // Plain columns alone have no choice, and nothing else asks about it.
         let granularity = options.granularity;
         options.granularity = None;
-        let table = Table::from_batches(schema, batches, &options)?;
+        let table = table(&options)?;
         let granularity = granularity.unwrap_or_else(|| default_granularity(&table));
         let mut entries = BTreeMap::new();
         for (index, item) in table.descriptor().items.iter().enumerate() {

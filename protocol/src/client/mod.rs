@@ -21,6 +21,7 @@ mod start;
 mod stream;
 mod window;
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,6 +33,7 @@ pub use source::Source;
 pub use start::StartCommand;
 
 use crate::message::{Extent, Listing, MAX_RELEASES, Message, Naming, Target, Welcome};
+use crate::segment::Mapping;
 use clock::Clock;
 use fork::{PerProcess, Process};
 use primary::Reply;
@@ -194,6 +196,24 @@ impl Session {
                 Ok(())
             }
             _ => Err(unexpected(&link, &reply, "PUBLISH")),
+        }
+    }
+
+    /// A private writable mapping of the whole segment of a result: a page that is written to becomes this process's own, nobody
+    /// else sees it. Valid for as long as `held` is; pages not written to follow the segment.
+    pub fn private_mapping(&self, held: &Held) -> Result<Mapping, ClientError> {
+        let (link, extent) = self.link_of(held, "mapped again")?;
+        let reply = ask(&link, &Message::Open(Target::Again(extent)), "asking for a descriptor")?;
+        let Reply { message: Message::Opened { lease, .. }, mut fds } = reply else {
+            return Err(unexpected(&link, &reply, "OPEN"));
+        };
+        let size = lease.segment_size;
+        let mapped = fds.last().map(|fd| Mapping::private_writable(fd.as_fd(), size, link.leases().backing()));
+        // The reply came with one more hold, which goes back at once; a descriptor that was lost is asked for again with it.
+        drop(link.hold(&lease, &mut fds, "", false, &mut short())?);
+        match mapped {
+            Some(mapping) => Ok(mapping?),
+            None => Err(ClientError::protocol("OPEN for a descriptor was answered without one")),
         }
     }
 
