@@ -116,7 +116,6 @@ unsafe fn range<const SYMMETRIC: bool>(from: *const f32, len: usize) -> Option<R
 struct Lanes<const BITS: usize, const SYMMETRIC: bool, const RECIP: bool> {
     /// The scale, or its reciprocal.
     scale: __m256,
-    above: __m256,
     lo: __m256i,
     hi: __m256i,
     zero_point: __m256i,
@@ -131,7 +130,6 @@ impl<const BITS: usize, const SYMMETRIC: bool, const RECIP: bool> Lanes<BITS, SY
         let (lo, hi) = (qmin - zero_point, qmax - zero_point);
         Self {
             scale: _mm256_set1_ps(if RECIP { 1.0 / scale } else { scale }),
-            above: _mm256_set1_ps((hi + 1) as f32),
             lo: _mm256_set1_epi32(lo),
             hi: _mm256_set1_epi32(hi),
             zero_point: _mm256_set1_epi32(zero_point),
@@ -165,8 +163,8 @@ impl<const BITS: usize, const SYMMETRIC: bool, const RECIP: bool> Lanes<BITS, SY
             // A scale of the group's own leaves nothing to clip: |x / s| < 127.5.
             return _mm256_cvtps_epi32(v);
         }
-        // What is far above becomes 2^31 as well as what is far below; only the latter may.
-        let whole = _mm256_cvtps_epi32(_mm256_min_ps(v, self.above));
+        // Quotients by a scale of the group's own lie next to the bounds, far from where conversion fails.
+        let whole = _mm256_cvtps_epi32(v);
         let code = _mm256_max_epi32(_mm256_min_epi32(whole, self.hi), self.lo);
         self.kept = _mm256_add_epi32(self.kept, _mm256_cmpeq_epi32(whole, code));
         if SYMMETRIC { code } else { _mm256_add_epi32(code, self.zero_point) }

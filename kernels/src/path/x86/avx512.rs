@@ -112,7 +112,6 @@ unsafe fn range<const SYMMETRIC: bool>(from: *const f32, len: usize) -> Option<R
 struct Lanes<const BITS: usize, const SYMMETRIC: bool, const RECIP: bool> {
     /// The scale, or its reciprocal.
     scale: __m512,
-    above: __m512,
     lo: __m512i,
     hi: __m512i,
     zero_point: __m512i,
@@ -126,7 +125,6 @@ impl<const BITS: usize, const SYMMETRIC: bool, const RECIP: bool> Lanes<BITS, SY
         let (lo, hi) = (qmin - zero_point, qmax - zero_point);
         Self {
             scale: _mm512_set1_ps(if RECIP { 1.0 / scale } else { scale }),
-            above: _mm512_set1_ps((hi + 1) as f32),
             lo: _mm512_set1_epi32(lo),
             hi: _mm512_set1_epi32(hi),
             zero_point: _mm512_set1_epi32(zero_point),
@@ -154,8 +152,8 @@ impl<const BITS: usize, const SYMMETRIC: bool, const RECIP: bool> Lanes<BITS, SY
             // A scale of the group's own leaves nothing to clip: |x / s| < 127.5.
             return _mm512_cvtps_epi32(v);
         }
-        // What is far above becomes 2^31 as well as what is far below; only the latter may.
-        let whole = _mm512_cvtps_epi32(_mm512_min_ps(v, self.above));
+        // Quotients by a scale of the group's own lie next to the bounds, far from where conversion fails.
+        let whole = _mm512_cvtps_epi32(v);
         let code = _mm512_max_epi32(_mm512_min_epi32(whole, self.hi), self.lo);
         let moved = _mm512_cmpneq_epi32_mask(whole, code);
         self.clipped = _mm512_mask_sub_epi32(self.clipped, moved, self.clipped, _mm512_set1_epi32(-1));
