@@ -1,0 +1,492 @@
+//! The books: registry, sessions, catalog and tickets, under one lock with short sections.
+//!
+//! Nothing under the lock blocks or frees memory. What has to follow (notices to clients, unmapping, waking
+//! lanes) is noted as an effect and happens when the lock is let go.
+
+use std::collections::{BTreeMap, HashSet};
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, MutexGuard};
+use std::time::{Duration, Instant, SystemTime};
+
+use shmquant_protocol::message::{ErrorCode, Extent, Lease, Release};
+
+use crate::admission::Admission;
+use crate::catalog::Catalog;
+use crate::error::Trouble;
+use crate::lane::Lane;
+use crate::life::{Life, ResultLife, WindowLife};
+use crate::memory::{Memory, SegmentMemory};
+use crate::pool::Pool;
+use crate::registry::{Entry, Registry};
+use crate::session::Session;
+use crate::tickets::Tickets;
+
+/// Everything that the lock protects.
+#[derive(Debug, Default)]
+pub(crate) struct Books {
+    pub(crate) registry: Registry,
+    pub(crate) sessions: BTreeMap<u64, Account>,
+    pub(crate) catalog: Catalog,
+    pub(crate) tickets: Tickets,
+    pub(crate) admission: Admission,
+    pub(crate) counters: Counters,
+    /// Lanes that wait for memory or for a name.
+    waiting: Vec<Arc<Lane>>,
+    effects: Effects,
+    last_session: u64,
+    pool_divisor: u64,
+    max_holds: u64,
+}
+
+/// What a session has.
+#[derive(Debug)]
+pub(crate) struct Account {
+    pub(crate) session: Arc<Session>,
+    pub(crate) lanes: BTreeMap<u32, Arc<Lane>>,
+    last_lane: u32,
+    pub(crate) pool: Pool,
+    /// Segments that it leases or maps.
+    pub(crate) segments: HashSet<u64>,
+    /// Leases and outstanding tickets.
+    pub(crate) holds: u64,
+    /// Serial number of the last growth it was granted.
+    pub(crate) last_grant: u64,
+}
+
+/// What happened since the start; only ever grows.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct Counters {
+    pub(crate) recycled: u64,
+    pub(crate) retired: u64,
+    pub(crate) requests: u64,
+    pub(crate) stray_releases: u64,
+    pub(crate) expired_tickets: u64,
+}
+
+#[derive(Debug, Default)]
+struct Effects {
+    notices: Vec<(Arc<Session>, u64)>,
+    drops: Vec<Arc<SegmentMemory>>,
+    woken: Vec<Arc<Lane>>,
+}
+
+/// A complete result as a job gets it to fill.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    pub(crate) id: u64,
+    pub(crate) memory: Arc<SegmentMemory>,
+    /// It was used before.
+    pub(crate) recycled: bool,
+}
+
+/// A lease and, if this session has not had it yet, the memory whose descriptor goes with it.
+#[derive(Debug)]
+pub(crate) struct Granted {
+    pub(crate) lease: Lease,
+    pub(crate) memory: Option<Arc<SegmentMemory>>,
+}
+
+impl Books {
+    pub(crate) fn new(pool_divisor: u64, max_holds: u64) -> Self {
+        Self { pool_divisor, max_holds, ..Self::default() }
+    }
+
+    // Sessions and lanes.
+
+    pub(crate) fn next_session(&mut self) -> u64 {
+        self.last_session += 1;
+        self.last_session
+    }
+
+    pub(crate) fn add_session(&mut self, session: Arc<Session>) {
+        let account = Account {
+            session: session.clone(),
+            lanes: BTreeMap::new(),
+            last_lane: 0,
+            pool: Pool::default(),
+            segments: HashSet::new(),
+            holds: 0,
+            last_grant: 0,
+        };
+        self.sessions.insert(session.id, account);
+    }
+
+    pub(crate) fn account(&mut self, session: u64) -> Result<&mut Account, Trouble> {
+        self.sessions.get_mut(&session).ok_or(Trouble::Lost)
+    }
+
+    /// Ends a session: from here on it gets nothing more. What it had is to be given to
+    /// [`forget`](Self::forget), in batches so that others get the lock in between.
+    pub(crate) fn end_session(&mut self, session: u64) -> Vec<u64> {
+        let Some(mut account) = self.sessions.remove(&session) else { return Vec::new() };
+        let mut segments = std::mem::take(&mut account.segments);
+        while let Some((id, _)) = account.pool.take_oldest(Duration::ZERO) {
+            segments.insert(id);
+        }
+        self.wake_waiting();
+        segments.into_iter().collect()
+    }
+
+    /// Takes from a segment what an ended session had of it.
+    pub(crate) fn forget(&mut self, session: u64, id: u64) {
+        let Some(entry) = self.registry.get_mut(id) else { return };
+        let held = entry.leases.len();
+        entry.leases.retain(|(s, _)| *s != session);
+        // Not released by its holder: somebody may still look at it.
+        entry.exposed |= entry.leases.len() != held;
+        entry.mapped.retain(|s| *s != session);
+        if entry.home == session && entry.life == Life::Result(ResultLife::Free) {
+            self.retire(id);
+        }
+        self.settle(id);
+        self.clean(id);
+    }
+
+    pub(crate) fn next_lane(&mut self, session: u64, most: u32) -> Result<u32, Trouble> {
+        let account = self.account(session)?;
+        if account.lanes.len() >= most as usize {
+            return Err(Trouble::new(
+                ErrorCode::Limit,
+                format!("this session has {most} lanes, which is the most there can be"),
+                "share lanes between threads, or start the daemon with more of them",
+            ));
+        }
+        account.last_lane += 1;
+        Ok(account.last_lane)
+    }
+
+    pub(crate) fn add_lane(&mut self, session: u64, lane: Arc<Lane>) -> Result<(), Trouble> {
+        self.account(session)?.lanes.insert(lane.id, lane);
+        Ok(())
+    }
+
+    pub(crate) fn remove_lane(&mut self, session: u64, lane: u32) {
+        if let Some(account) = self.sessions.get_mut(&session) {
+            account.lanes.remove(&lane);
+        }
+    }
+
+    // Windows.
+
+    /// Enters a lane's window; the session maps it with the reply.
+    pub(crate) fn add_window(
+        &mut self,
+        id: u64,
+        home: u64,
+        memory: Arc<SegmentMemory>,
+    ) -> Result<(), Trouble> {
+        let mut entry = new_entry(id, home, memory, Life::Window(WindowLife::Free));
+        entry.go(Life::Window(WindowLife::Writing))?;
+        let alive = self.sessions.get_mut(&home).map(|account| account.segments.insert(id));
+        if alive.is_some() {
+            entry.mapped.push(home);
+        }
+        self.registry.insert(entry);
+        Ok(())
+    }
+
+    pub(crate) fn move_window(&mut self, id: u64, to: WindowLife) -> Result<(), Trouble> {
+        match self.registry.get_mut(id) {
+            Some(entry) => Ok(entry.go(Life::Window(to))?),
+            None => Err(Trouble::Lost),
+        }
+    }
+
+    /// Gives up the window of a lane that has ended.
+    pub(crate) fn end_window(&mut self, id: u64) {
+        if let Some(entry) = self.registry.get_mut(id) {
+            let _ = entry.go(Life::Window(WindowLife::Free));
+            self.retire(id);
+        }
+    }
+
+    // Results.
+
+    /// A free segment of the session's own, for a job to fill.
+    pub(crate) fn take_pooled(&mut self, session: u64, size: u64) -> Result<Option<Taken>, Trouble> {
+        let Some(id) = self.account(session)?.pool.take(size) else { return Ok(None) };
+        let Some(entry) = self.registry.get_mut(id) else { return Ok(None) };
+        let Some(memory) = entry.memory.clone() else { return Ok(None) };
+        entry.go(Life::Result(ResultLife::Filling))?;
+        entry.generation += 1;
+        entry.length = 0;
+        entry.pinned = true;
+        entry.created = SystemTime::now();
+        self.counters.recycled += 1;
+        Ok(Some(Taken { id, memory, recycled: true }))
+    }
+
+    /// Enters a new segment that a job fills.
+    pub(crate) fn add_result(
+        &mut self,
+        id: u64,
+        home: u64,
+        memory: Arc<SegmentMemory>,
+    ) -> Result<Taken, Trouble> {
+        let mut entry = new_entry(id, home, memory.clone(), Life::Result(ResultLife::Free));
+        entry.go(Life::Result(ResultLife::Filling))?;
+        entry.pinned = true;
+        self.registry.insert(entry);
+        Ok(Taken { id, memory, recycled: false })
+    }
+
+    /// The job has written everything.
+    pub(crate) fn complete(&mut self, id: u64, length: u64) -> Result<(), Trouble> {
+        let Some(entry) = self.registry.get_mut(id) else { return Err(Trouble::Lost) };
+        entry.go(Life::Result(ResultLife::Complete))?;
+        entry.pinned = false;
+        entry.length = length;
+        Ok(())
+    }
+
+    /// The job has failed; nobody has ever seen what it wrote.
+    pub(crate) fn abort(&mut self, id: u64) {
+        if let Some(entry) = self.registry.get_mut(id) {
+            entry.pinned = false;
+            self.free_or_retire(id);
+        }
+    }
+
+    /// Gives a session one more hold on a complete result.
+    pub(crate) fn lease(&mut self, session: u64, id: u64) -> Result<Granted, Trouble> {
+        let most = self.max_holds;
+        let account = self.sessions.get_mut(&session).ok_or(Trouble::Lost)?;
+        if account.holds >= most {
+            return Err(too_many_holds(most));
+        }
+        let entry = self.registry.get_mut(id).filter(|e| e.is_complete()).ok_or_else(gone)?;
+        entry.add_lease(session);
+        entry.exposed |= session != entry.home;
+        account.holds += 1;
+        account.segments.insert(id);
+        let fd = !entry.mapped.contains(&session);
+        if fd {
+            entry.mapped.push(session);
+        }
+        let lease =
+            Lease { extent: entry.extent(), segment_size: entry.size, fd, dataset: entry.datasets > 0 };
+        Ok(Granted { lease, memory: entry.memory.clone().filter(|_| fd) })
+    }
+
+    /// Takes back a hold whose reply did not reach the session.
+    pub(crate) fn unlease(&mut self, session: u64, granted: &Lease) {
+        if granted.fd
+            && let Some(entry) = self.registry.get_mut(granted.extent.segment)
+        {
+            entry.mapped.retain(|s| *s != session);
+        }
+        let Extent { segment, generation, .. } = granted.extent;
+        self.release(session, Release { segment, generation, tainted: false });
+    }
+
+    /// Takes one hold back.
+    pub(crate) fn release(&mut self, session: u64, release: Release) {
+        let entry = self.registry.complete_mut(release.segment, release.generation);
+        let Some(entry) = entry.filter(|e| e.leases_of(session) > 0) else {
+            // Nothing is harmed by it, but it is worth knowing.
+            self.counters.stray_releases += 1;
+            tracing::debug!(session, release.segment, release.generation, "a release of what is not held");
+            return;
+        };
+        entry.drop_lease(session);
+        entry.exposed |= release.tainted;
+        if let Some(account) = self.sessions.get_mut(&session) {
+            account.holds = account.holds.saturating_sub(1);
+        }
+        self.settle(release.segment);
+    }
+
+    /// The session has unmapped a segment.
+    pub(crate) fn unmapped(&mut self, session: u64, id: u64) {
+        if let Some(entry) = self.registry.get_mut(id) {
+            entry.mapped.retain(|s| *s != session);
+            if entry.leases_of(session) == 0
+                && let Some(account) = self.sessions.get_mut(&session)
+            {
+                account.segments.remove(&id);
+            }
+            self.clean(id);
+        }
+    }
+
+    /// The daemon's own mapping is gone.
+    pub(crate) fn reaped(&mut self, id: u64) {
+        if let Some(entry) = self.registry.get_mut(id) {
+            entry.reaped = true;
+            self.clean(id);
+        }
+    }
+
+    /// What becomes of a result whose last hold may have gone.
+    pub(crate) fn settle(&mut self, id: u64) {
+        let Some(entry) = self.registry.get_mut(id) else { return };
+        if entry.is_complete() && !entry.is_held() {
+            self.free_or_retire(id);
+        }
+    }
+
+    /// Recycle on proof, otherwise retire.
+    fn free_or_retire(&mut self, id: u64) {
+        let cap = self.admission.limit() / self.pool_divisor.max(1);
+        let Some(entry) = self.registry.get_mut(id) else { return };
+        let home = entry.home;
+        let account = self.sessions.get_mut(&home).filter(|_| !entry.exposed && entry.size <= cap);
+        let Some(account) = account else { return self.retire(id) };
+        if let Err(error) = entry.go(Life::Result(ResultLife::Free)) {
+            tracing::error!("{error}");
+            return;
+        }
+        account.pool.put(id, entry.size);
+        let mut over = Vec::new();
+        while account.pool.bytes() > cap
+            && let Some((oldest, _)) = account.pool.take_oldest(Duration::ZERO)
+        {
+            over.push(oldest);
+        }
+        for oldest in over {
+            self.retire(oldest);
+        }
+        self.wake_waiting();
+    }
+
+    /// Gives a segment up: unmaps it here, asks those who map it to do so, too.
+    pub(crate) fn retire(&mut self, id: u64) {
+        let Some(entry) = self.registry.get_mut(id) else { return };
+        let to = match entry.life {
+            Life::Result(_) => Life::Result(ResultLife::Retired),
+            Life::Window(_) => Life::Window(WindowLife::Retired),
+        };
+        if let Err(error) = entry.go(to) {
+            tracing::error!("{error}");
+            return;
+        }
+        let size = entry.size;
+        self.effects.drops.extend(entry.memory.take());
+        for session in &entry.mapped {
+            if let Some(account) = self.sessions.get(session) {
+                self.effects.notices.push((account.session.clone(), id));
+            }
+        }
+        self.counters.retired += 1;
+        self.registry.note_leaving(size);
+    }
+
+    /// Gives up everything, when the daemon stops.
+    pub(crate) fn retire_all(&mut self) {
+        let left: Vec<_> = self.registry.iter().filter(|e| !e.life.is_retired()).map(|e| e.id).collect();
+        for id in left {
+            self.retire(id);
+        }
+    }
+
+    fn clean(&mut self, id: u64) {
+        if self.registry.remove_if_gone(id) {
+            self.wake_waiting();
+        }
+    }
+
+    // Waiting lanes.
+
+    pub(crate) fn add_waiting(&mut self, lane: &Arc<Lane>) {
+        if !self.waiting.iter().any(|l| Arc::ptr_eq(l, lane)) {
+            self.waiting.push(lane.clone());
+        }
+    }
+
+    pub(crate) fn remove_waiting(&mut self, lane: &Arc<Lane>) {
+        self.waiting.retain(|l| !Arc::ptr_eq(l, lane));
+    }
+
+    /// Memory or a name may have come free.
+    pub(crate) fn wake_waiting(&mut self) {
+        if !self.waiting.is_empty() {
+            self.effects.woken.clone_from(&self.waiting);
+        }
+    }
+
+    pub(crate) fn max_holds(&self) -> u64 {
+        self.max_holds
+    }
+}
+
+/// The lock on the books. Letting it go carries out the effects.
+pub(crate) struct Locked<'a>(Option<MutexGuard<'a, Books>>);
+
+impl<'a> Locked<'a> {
+    pub(crate) fn new(guard: MutexGuard<'a, Books>) -> Self {
+        Self(Some(guard))
+    }
+}
+
+impl Deref for Locked<'_> {
+    type Target = Books;
+
+    fn deref(&self) -> &Books {
+        match &self.0 {
+            Some(books) => books,
+            None => unreachable!("taken when dropped only"),
+        }
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Books {
+        match &mut self.0 {
+            Some(books) => books,
+            None => unreachable!("taken when dropped only"),
+        }
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        let Some(mut books) = self.0.take() else { return };
+        let effects = std::mem::take(&mut books.effects);
+        drop(books);
+        for (session, segment) in effects.notices {
+            session.ask_unmap(segment);
+        }
+        for lane in effects.woken {
+            lane.wake.signal();
+        }
+        // Last: the sends to the reaper, one for each segment that nobody else holds.
+        drop(effects.drops);
+    }
+}
+
+pub(crate) fn gone() -> Trouble {
+    Trouble::new(
+        ErrorCode::Gone,
+        "this result is not held by the session any more, or never was",
+        "quantize again, or open the dataset by its name",
+    )
+}
+
+pub(crate) fn too_many_holds(most: u64) -> Trouble {
+    Trouble::new(
+        ErrorCode::Limit,
+        format!("this session holds {most} results and tickets, which is the most there can be"),
+        "release results that are not needed any more",
+    )
+}
+
+fn new_entry(id: u64, home: u64, memory: Arc<SegmentMemory>, life: Life) -> Entry {
+    Entry {
+        id,
+        generation: 1,
+        size: memory.len() as u64,
+        life,
+        home,
+        memory: Some(memory),
+        length: 0,
+        leases: Vec::new(),
+        pinned: false,
+        tickets: 0,
+        datasets: 0,
+        exposed: false,
+        mapped: Vec::new(),
+        reaped: false,
+        since: Instant::now(),
+        created: SystemTime::now(),
+    }
+}

@@ -1,0 +1,341 @@
+//! A lane: one more connection of a session, with a window, working on one request at a time.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
+use shmquant_protocol::chunks::MIN_WINDOW;
+use shmquant_protocol::message::{ErrorCode, Message};
+use shmquant_protocol::segment::Kind;
+use shmquant_protocol::socket::Connection;
+
+use crate::admission::{Asked, Verdict};
+use crate::error::Trouble;
+use crate::fpu;
+use crate::headroom::Headroom;
+use crate::hub::Hub;
+use crate::life::WindowLife;
+use crate::memory::SegmentMemory;
+use crate::port::Port;
+use crate::quantize;
+use crate::requests::{self, Answer};
+use crate::session::Session;
+use crate::wake::Wake;
+
+/// How long a lane waits for its window.
+const WINDOW_PATIENCE: Duration = Duration::from_secs(5);
+/// While a lane waits for memory, the host's own state is looked at this often.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// A lane as other threads see it.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    pub(crate) id: u32,
+    pub(crate) session: Arc<Session>,
+    pub(crate) connection: Arc<Connection>,
+    /// Raised when something happened that a working lane may wait for.
+    pub(crate) wake: Wake,
+    /// Request that was cancelled last, in the lower half; 0 if none was. A cancellation may overtake its
+    /// request, since they travel on two sockets.
+    cancelled: AtomicU64,
+}
+
+impl Lane {
+    /// Cancels a request, whether or not it has arrived already.
+    pub(crate) fn cancel(&self, request: u32) {
+        self.cancelled.store(1 << 32 | u64::from(request), Ordering::Release);
+        self.wake.signal();
+    }
+
+    fn is_cancelled(&self, request: u32) -> bool {
+        self.cancelled.load(Ordering::Acquire) == (1 << 32 | u64::from(request))
+    }
+}
+
+/// A lane's window.
+#[derive(Debug)]
+pub(crate) struct Window {
+    pub(crate) id: u64,
+    pub(crate) memory: Arc<SegmentMemory>,
+    pub(crate) size: u64,
+}
+
+/// What `JOIN` says.
+#[derive(Debug)]
+pub(crate) struct Join {
+    pub(crate) session: u64,
+    pub(crate) token: [u8; 16],
+    pub(crate) window: u64,
+}
+
+/// Serves a connection that began with `JOIN`, to its end.
+pub(crate) fn serve(
+    hub: &Arc<Hub>,
+    connection: &Arc<Connection>,
+    port: &mut Port<'_>,
+    request: u32,
+    join: &Join,
+) -> Result<(), Trouble> {
+    let lane = match enter(hub, connection, join) {
+        Ok(lane) => lane,
+        Err(trouble) => return port.refuse(request, trouble),
+    };
+    let mut end = End { hub, lane: &lane, window: None };
+    let window = match make_window(hub, &lane, port, request, join.window) {
+        Ok(window) => window,
+        Err(trouble) => return port.refuse(request, trouble),
+    };
+    end.window = Some(window.id);
+    let joined = Message::Joined { lane: lane.id, segment: window.id, generation: 1, size: window.size };
+    port.send(request, &joined, Some(&window.memory))?;
+    fpu::no_flushing();
+    let mut scratch = Vec::new();
+    loop {
+        let (request, message) = port.recv(Some(hub))?;
+        match message {
+            Err(trouble) => port.refuse(request, trouble)?,
+            // Sent before the reply to their request arrived.
+            Ok(Message::Wrote { .. } | Message::Cancel { .. }) => {}
+            Ok(Message::Quantize(asked)) => {
+                hub.books().move_window(window.id, WindowLife::Submitted)?;
+                let mut current = Current::new(hub, &lane, port, request);
+                let answer = quantize::quantize(&mut current, &window, asked, &mut scratch);
+                hub.books().move_window(window.id, WindowLife::Writing)?;
+                requests::deliver(hub, &lane.session, port, request, answer)?;
+                // One wide table must not keep its descriptor's memory for ever.
+                if scratch.capacity() > 1 << 20 {
+                    scratch = Vec::new();
+                }
+            }
+            Ok(message) => requests::serve(hub, &lane.session, port, request, message)?,
+        }
+    }
+}
+
+fn enter(hub: &Hub, connection: &Arc<Connection>, join: &Join) -> Result<Arc<Lane>, Trouble> {
+    let cred = connection.require_same_user()?;
+    if hub.is_stopping() {
+        return Err(stopping());
+    }
+    let wake = Wake::new().map_err(|errno| {
+        Trouble::new(ErrorCode::Limit, format!("no lane can be made: {}", errno.desc()), "")
+    })?;
+    let mut books = hub.books();
+    let session = match books.account(join.session) {
+        Ok(account) if account.session.token == join.token && account.session.pid == cred.pid => {
+            account.session.clone()
+        }
+        _ => return Err(Trouble::protocol("JOIN names no session of this process")),
+    };
+    let id = books.next_lane(session.id, hub.config.max_lanes)?;
+    let connection = connection.clone();
+    let lane = Arc::new(Lane { id, session, connection, wake, cancelled: AtomicU64::new(0) });
+    books.add_lane(join.session, lane.clone())?;
+    Ok(lane)
+}
+
+fn make_window(
+    hub: &Hub,
+    lane: &Arc<Lane>,
+    port: &mut Port<'_>,
+    request: u32,
+    wanted: u64,
+) -> Result<Window, Trouble> {
+    let size = if wanted == 0 { hub.config.window } else { wanted.max(MIN_WINDOW) };
+    if size > hub.config.max_window {
+        return Err(Trouble::new(
+            ErrorCode::Limit,
+            format!("a window of {size} bytes is larger than the largest, {} bytes", hub.config.max_window),
+            "",
+        ));
+    }
+    let size = size.next_multiple_of(4096).min(hub.config.max_window);
+    let mut current = Current::new(hub, lane, port, request);
+    let growth = grow(&mut current, size, Some(Instant::now() + WINDOW_PATIENCE))?;
+    let (id, memory) = hub.make_segment(Kind::Window, size)?;
+    let mut books = hub.books();
+    books.add_window(id, lane.session.id, memory.clone())?;
+    growth.done(&mut books);
+    Ok(Window { id, memory, size })
+}
+
+/// Ends a lane when its thread leaves. Requests do not outlive [`quantize::quantize`], so none is left.
+struct End<'a> {
+    hub: &'a Hub,
+    lane: &'a Arc<Lane>,
+    window: Option<u64>,
+}
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        let mut books = self.hub.books();
+        books.remove_lane(self.lane.session.id, self.lane.id);
+        if let Some(window) = self.window {
+            books.end_window(window);
+        }
+    }
+}
+
+/// The request that a lane works on: everything that it may wait for comes through here.
+pub(crate) struct Current<'a, 'p> {
+    pub(crate) hub: &'a Hub,
+    pub(crate) lane: &'a Arc<Lane>,
+    pub(crate) port: &'a mut Port<'p>,
+    pub(crate) request: u32,
+    /// Chunks of the request.
+    pub(crate) chunks: usize,
+    /// Chunks that the client has written.
+    pub(crate) ready: usize,
+    pub(crate) cancelled: bool,
+}
+
+impl<'a, 'p> Current<'a, 'p> {
+    fn new(hub: &'a Hub, lane: &'a Arc<Lane>, port: &'a mut Port<'p>, request: u32) -> Self {
+        Self { hub, lane, port, request, chunks: 0, ready: 0, cancelled: lane.is_cancelled(request) }
+    }
+
+    /// Waits until the client says something, the lane is woken or the time comes; notes what happened.
+    pub(crate) fn wait(&mut self, until: Option<Instant>) -> Result<(), Trouble> {
+        match self.port.try_recv()? {
+            Some((request, message)) => self.heard(request, message?)?,
+            None => {
+                let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+                let mut polled = [
+                    PollFd::new(self.lane.connection.as_fd(), PollFlags::POLLIN),
+                    PollFd::new(self.lane.wake.as_fd(), PollFlags::POLLIN),
+                ];
+                match ppoll(&mut polled, left.map(TimeSpec::from_duration), None) {
+                    Ok(_) | Err(Errno::EINTR) => {}
+                    Err(errno) => {
+                        tracing::error!("waiting for a client: {}", errno.desc());
+                        return Err(Trouble::Lost);
+                    }
+                }
+                if polled[1].any().unwrap_or(false) {
+                    self.lane.wake.clear();
+                }
+            }
+        }
+        self.cancelled |= self.lane.is_cancelled(self.request);
+        Ok(())
+    }
+
+    /// Waits for a wake-up only: the client is not listened to any more.
+    pub(crate) fn wait_deaf(&self) {
+        let mut polled = [PollFd::new(self.lane.wake.as_fd(), PollFlags::POLLIN)];
+        let _ = ppoll(&mut polled, None, None);
+        self.lane.wake.clear();
+    }
+
+    fn heard(&mut self, request: u32, message: Message) -> Result<(), Trouble> {
+        match message {
+            // Of a request that has been answered.
+            Message::Wrote { .. } if request != self.request => Ok(()),
+            Message::Wrote { chunks } => self.wrote(chunks),
+            Message::Cancel { request, .. } => {
+                self.cancelled |= request == self.request;
+                Ok(())
+            }
+            _ => Err(Trouble::protocol("a lane works on one request at a time")),
+        }
+    }
+
+    /// Takes the client's watermark.
+    pub(crate) fn wrote(&mut self, chunks: u32) -> Result<(), Trouble> {
+        let chunks = chunks as usize;
+        if chunks < self.ready || chunks > self.chunks {
+            let (ready, all) = (self.ready, self.chunks);
+            return Err(Trouble::protocol(format!("WROTE {chunks} after {ready}, of {all} chunks")));
+        }
+        self.ready = chunks;
+        Ok(())
+    }
+
+    /// Fails if the client wants no answer any more.
+    pub(crate) fn go_on(&self) -> Result<(), Trouble> {
+        if self.cancelled {
+            return Err(Trouble::new(ErrorCode::Cancelled, "the request was cancelled", ""));
+        }
+        if self.hub.is_stopping() { Err(stopping()) } else { Ok(()) }
+    }
+}
+
+pub(crate) fn stopping() -> Trouble {
+    Trouble::new(ErrorCode::Stopping, "the daemon is stopping", "try again: the next use starts a new one")
+}
+
+/// A promise of memory.
+pub(crate) struct Growth<'a> {
+    hub: &'a Hub,
+    bytes: u64,
+}
+
+impl Growth<'_> {
+    /// The bytes are in the registry: the caller has just entered them, under the same lock.
+    pub(crate) fn done(mut self, books: &mut crate::books::Books) {
+        books.grown(std::mem::take(&mut self.bytes));
+    }
+}
+
+impl Drop for Growth<'_> {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            self.hub.books().grown(self.bytes);
+        }
+    }
+}
+
+/// Waits until `bytes` of shared memory may be made.
+pub(crate) fn grow<'a>(
+    current: &mut Current<'a, '_>,
+    bytes: u64,
+    deadline: Option<Instant>,
+) -> Result<Growth<'a>, Trouble> {
+    let hub = current.hub;
+    let mut turn =
+        Turn { hub, lane: current.lane, asked: Asked::new(current.lane.session.id, bytes, deadline) };
+    loop {
+        current.go_on()?;
+        let at = hub.books().snapshot();
+        let seen = Headroom::read();
+        let verdict = {
+            let mut books = hub.books();
+            books.account(turn.asked.session)?;
+            let verdict = books.admit(&mut turn.asked, hub.config.budget, seen, at);
+            if matches!(verdict, Verdict::Wait) {
+                books.add_waiting(current.lane);
+            }
+            verdict
+        };
+        match verdict {
+            Verdict::Granted => return Ok(Growth { hub, bytes }),
+            Verdict::Refused(failure) => return Err(Trouble::Refused(failure)),
+            Verdict::Wait => {
+                let soon = Instant::now() + LOOK_AGAIN;
+                current.wait(Some(deadline.map_or(soon, |deadline| deadline.min(soon))))?;
+            }
+        }
+    }
+}
+
+/// A place in the queue, given up when the request stops waiting for whatever reason.
+struct Turn<'a> {
+    hub: &'a Hub,
+    lane: &'a Arc<Lane>,
+    asked: Asked,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut books = self.hub.books();
+        books.withdraw(&mut self.asked);
+        books.remove_waiting(self.lane);
+    }
+}
+
+/// What a lane's request is answered with.
+pub(crate) type Answered = Result<Answer, Trouble>;

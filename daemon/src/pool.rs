@@ -1,0 +1,108 @@
+//! The idle memory of one session, by size class.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// Smallest class.
+pub(crate) const SMALLEST: u64 = 64 << 10;
+
+/// The class of a result: 4 steps per doubling, at least 64 KiB. `None` if it passes 2^62.
+pub(crate) fn class_of(bytes: u64) -> Option<u64> {
+    if bytes <= SMALLEST {
+        return Some(SMALLEST);
+    }
+    if bytes > 1 << 62 {
+        return None;
+    }
+    // The largest power of two below `bytes`, in quarters.
+    let step = (1u64 << (63 - (bytes - 1).leading_zeros())) / 4;
+    Some(bytes.next_multiple_of(step))
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Idle {
+    id: u64,
+    since: Instant,
+}
+
+/// Free segments of a session. Which state they are in is the registry's business; this only finds them.
+#[derive(Debug, Default)]
+pub(crate) struct Pool {
+    classes: BTreeMap<u64, Vec<Idle>>,
+    bytes: u64,
+}
+
+impl Pool {
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub(crate) fn put(&mut self, id: u64, size: u64) {
+        self.classes.entry(size).or_default().push(Idle { id, since: Instant::now() });
+        self.bytes += size;
+    }
+
+    /// The segment that was used last of the smallest class that fits and is at most twice as large.
+    pub(crate) fn take(&mut self, size: u64) -> Option<u64> {
+        let (class, idle) =
+            self.classes.range_mut(size..=size.saturating_mul(2)).find(|(_, list)| !list.is_empty())?;
+        let id = idle.pop()?.id;
+        self.bytes -= class;
+        Some(id)
+    }
+
+    /// The segment that has been idle longest of those that the bound lets go.
+    pub(crate) fn take_oldest(&mut self, idle_for: Duration) -> Option<(u64, u64)> {
+        let now = Instant::now();
+        // Each list is in the order of time: the first one is its oldest.
+        let oldest =
+            self.classes.iter().filter_map(|(size, list)| list.first().map(|i| (i.since, *size))).min();
+        let (since, size) = oldest?;
+        if now.duration_since(since) < idle_for {
+            return None;
+        }
+        let list = self.classes.get_mut(&size)?;
+        let idle = list.remove(0);
+        if list.is_empty() {
+            self.classes.remove(&size);
+        }
+        self.bytes -= size;
+        Some((idle.id, size))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn four_steps_per_doubling() {
+        let kib = |n: u64| n << 10;
+        for (bytes, class) in
+            [(1, 64), (64, 64), (65, 80), (80, 80), (81, 96), (97, 112), (113, 128), (128, 128), (129, 160)]
+        {
+            assert_eq!(class_of(kib(bytes)), Some(kib(class)), "{bytes} KiB");
+        }
+        for bytes in [1, 65_537, 1 << 20, (1 << 30) + 1, 12_345_678_901] {
+            let class = class_of(bytes).unwrap();
+            assert!(class >= bytes && class % 4096 == 0, "{bytes} {class}");
+            assert!(class == SMALLEST || class - bytes <= bytes / 4, "{bytes} {class}");
+        }
+        assert_eq!(class_of(u64::MAX), None);
+    }
+
+    #[test]
+    fn the_hottest_fit_is_taken_and_the_oldest_goes() {
+        let mut pool = Pool::default();
+        for (id, size) in [(1, 100), (2, 100), (3, 150), (4, 500)] {
+            pool.put(id, size);
+        }
+        assert_eq!(pool.take(100), Some(2));
+        assert_eq!(pool.take(120), Some(3));
+        assert_eq!(pool.take(120), None, "500 is more than twice as large");
+        assert_eq!(pool.take_oldest(Duration::from_secs(9)), None);
+        assert_eq!(pool.take_oldest(Duration::ZERO), Some((1, 100)));
+        assert_eq!(pool.take_oldest(Duration::ZERO), Some((4, 500)));
+        assert_eq!((pool.take_oldest(Duration::ZERO), pool.bytes()), (None, 0));
+    }
+}

@@ -1,0 +1,368 @@
+//! One `QUANTIZE`: descriptor, plan, admission, job, streaming, completion, lease.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use shmquant_protocol::descriptor::Descriptor;
+use shmquant_protocol::message::{ErrorCode, Message, NO_TIMEOUT, Naming, Quantize};
+use shmquant_protocol::segment::Kind;
+use shmquant_protocol::socket::SocketError;
+
+use crate::books::{Granted, Taken};
+use crate::catalog::{Fingerprint, Found};
+use crate::engine::{Observer, Outcome, Run, Work};
+use crate::error::Trouble;
+use crate::hub::Hub;
+use crate::job::Job;
+use crate::lane::{Answered, Current, Lane, Window, grow, stopping};
+use crate::memory::{Memory, copy_in, copy_out, poison};
+use crate::plan::Plan;
+use crate::pool::class_of;
+use crate::requests::{Answer, name_exists};
+use crate::session::Busy;
+
+/// Requests of at most so many bytes run on the lane's own thread: waking a worker costs more.
+const INLINE: u64 = 256 << 10;
+
+/// Works on one request to its answer.
+pub(crate) fn quantize(
+    current: &mut Current<'_, '_>,
+    window: &Window,
+    asked: Quantize,
+    scratch: &mut Vec<u8>,
+) -> Answered {
+    let hub = current.hub;
+    let session = current.lane.session.clone();
+    {
+        let mut books = hub.books();
+        books.counters.requests += 1;
+        for release in &asked.releases {
+            books.release(session.id, *release);
+        }
+    }
+    if hub.is_stopping() {
+        return Err(stopping());
+    }
+    let _busy = Busy::new(hub);
+    let deadline = match asked.timeout {
+        NO_TIMEOUT => None,
+        ms => Some(Instant::now() + Duration::from_millis(u64::from(ms))),
+    };
+    let descriptor = read_descriptor(window, asked.descriptor, scratch)?;
+    let plan = Arc::new(Plan::new(descriptor, asked.descriptor, window.size, hub.most_result())?);
+    current.chunks = plan.chunks().chunks.len();
+    current.wrote(asked.ready)?;
+
+    let flight = match &asked.named {
+        None => None,
+        Some(naming) => {
+            let fingerprint = Fingerprint::new(naming.digest, scratch);
+            match reserve_name(current, naming, fingerprint, deadline)? {
+                Reserved::Existing(granted) => {
+                    let message = Message::Done { lease: granted.lease, report: 0 };
+                    return Ok(Answer::leased(message, granted));
+                }
+                Reserved::Mine(flight) => Some(flight),
+            }
+        }
+    };
+
+    let filling = allocate(current, plan.result_bytes(), deadline)?;
+    let job = Job::new(plan.clone(), window.memory.clone(), filling.taken.memory.clone(), 0)?;
+    let job = Arc::new(job);
+    run(current, &plan, &job)?;
+    let complete = job.complete()?;
+    let report = complete.report.len() as u64;
+    if !copy_in(&*window.memory, &complete.report) || complete.length > filling.taken.memory.len() as u64 {
+        tracing::error!(report, complete.length, "a job's report or file is longer than was planned");
+        return Err(Trouble::new(ErrorCode::Internal, "the result is longer than was planned", ""));
+    }
+    let granted = finish(current, filling, complete.length, flight, asked.named)?;
+    Ok(Answer::leased(Message::Done { lease: granted.lease, report }, granted))
+}
+
+fn read_descriptor(window: &Window, bytes: u64, scratch: &mut Vec<u8>) -> Result<Descriptor, Trouble> {
+    let most = window.size / 4;
+    if bytes > most {
+        return Err(Trouble::new(
+            ErrorCode::Limit,
+            format!("the table's description takes {bytes} bytes, a window of this size has room for {most}"),
+            "ask for a larger window, or quantize fewer layers or columns at once",
+        ));
+    }
+    // From here on only the private copy is looked at.
+    if !copy_out(&*window.memory, bytes as usize, scratch) {
+        return Err(Trouble::new(
+            ErrorCode::NoRoom,
+            format!("no memory for {bytes} bytes of description"),
+            "",
+        ));
+    }
+    Ok(Descriptor::decode(scratch)?)
+}
+
+// Names.
+
+enum Reserved<'a> {
+    Existing(Granted),
+    Mine(Flight<'a>),
+}
+
+/// A name that this request is making; let go of, with or without a dataset, when dropped.
+struct Flight<'a> {
+    hub: &'a Hub,
+    name: String,
+    fingerprint: Fingerprint,
+}
+
+impl Drop for Flight<'_> {
+    fn drop(&mut self) {
+        let mut books = self.hub.books();
+        books.catalog.land(&self.name);
+        books.wake_waiting();
+    }
+}
+
+fn reserve_name<'a>(
+    current: &mut Current<'a, '_>,
+    naming: &Naming,
+    fingerprint: Fingerprint,
+    deadline: Option<Instant>,
+) -> Result<Reserved<'a>, Trouble> {
+    let hub = current.hub;
+    let _waiting = Waiting { hub, lane: current.lane };
+    loop {
+        current.go_on()?;
+        {
+            let mut books = hub.books();
+            match books.catalog.reserve(&naming.name, fingerprint, naming.replace) {
+                Found::Mine => {
+                    return Ok(Reserved::Mine(Flight { hub, name: naming.name.clone(), fingerprint }));
+                }
+                Found::Taken => return Err(name_exists(&naming.name)),
+                Found::Existing(extent) => {
+                    return Ok(Reserved::Existing(books.lease(current.lane.session.id, extent.segment)?));
+                }
+                Found::InFlight => books.add_waiting(current.lane),
+            }
+        }
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return Err(Trouble::new(
+                ErrorCode::Deadline,
+                format!("dataset {:?} is still being made by another request", naming.name),
+                "allow more time",
+            ));
+        }
+        current.wait(deadline)?;
+    }
+}
+
+/// A lane among those that are woken when something comes free.
+struct Waiting<'a> {
+    hub: &'a Hub,
+    lane: &'a Arc<Lane>,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.hub.books().remove_waiting(self.lane);
+    }
+}
+
+// Memory.
+
+/// A segment that a job fills: goes back, unseen by anybody, unless it is finished.
+struct Filling<'a> {
+    hub: &'a Hub,
+    taken: Taken,
+    armed: bool,
+}
+
+impl Drop for Filling<'_> {
+    fn drop(&mut self) {
+        if self.armed {
+            self.hub.books().abort(self.taken.id);
+        }
+    }
+}
+
+fn allocate<'a>(
+    current: &mut Current<'a, '_>,
+    bytes: u64,
+    deadline: Option<Instant>,
+) -> Result<Filling<'a>, Trouble> {
+    let hub = current.hub;
+    let session = current.lane.session.id;
+    let Some(size) = class_of(bytes) else {
+        return Err(Trouble::new(ErrorCode::NoRoom, format!("a result of {bytes} bytes cannot exist"), ""));
+    };
+    let pooled = hub.books().take_pooled(session, size)?;
+    let taken = match pooled {
+        Some(taken) => taken,
+        None => {
+            let growth = grow(current, size, deadline)?;
+            let (id, memory) = hub.make_segment(Kind::Result, size)?;
+            let mut books = hub.books();
+            let taken = books.add_result(id, session, memory)?;
+            growth.done(&mut books);
+            taken
+        }
+    };
+    let filling = Filling { hub, taken, armed: true };
+    if filling.taken.recycled {
+        poison(&*filling.taken.memory);
+    }
+    Ok(filling)
+}
+
+// Work.
+
+fn run(current: &mut Current<'_, '_>, plan: &Arc<Plan>, job: &Arc<Job>) -> Result<(), Trouble> {
+    let hub = current.hub;
+    let chunks = &plan.chunks().chunks;
+    let total = chunks.iter().map(|c| c.bytes).fold(0, u64::saturating_add);
+    let small = chunks.len() <= 1 || total <= INLINE;
+    while small && current.ready < current.chunks {
+        current.wait(None)?;
+        current.go_on()?;
+    }
+    if small {
+        let inline = || (0..job.len()).take_while(|_| !job.stop_early()).for_each(|chunk| job.run(chunk));
+        return match catch_unwind(AssertUnwindSafe(inline)) {
+            Ok(()) => Ok(()),
+            Err(_) => Err(broken()),
+        };
+    }
+    let flow = Flow {
+        lane: current.lane.clone(),
+        plan: plan.clone(),
+        request: current.request,
+        told: Mutex::new(0),
+    };
+    let run = hub.engine.submit(current.lane.session.id, job.clone(), current.ready, Arc::new(flow));
+    let watched = Watched { current, run };
+    watched.follow()
+}
+
+fn broken() -> Trouble {
+    tracing::error!("a chunk panicked");
+    Trouble::new(ErrorCode::Internal, "a chunk of the request failed in the daemon", "see the daemon's log")
+}
+
+/// A run that does not outlive its request: window and result are given back after its last chunk.
+struct Watched<'c, 'a, 'p> {
+    current: &'c mut Current<'a, 'p>,
+    run: Arc<Run>,
+}
+
+impl Watched<'_, '_, '_> {
+    fn follow(self) -> Result<(), Trouble> {
+        let engine = &self.current.hub.engine;
+        let mut ready = self.current.ready;
+        loop {
+            match self.run.outcome() {
+                Outcome::Running => {}
+                Outcome::Complete => return Ok(()),
+                Outcome::Cancelled => return self.current.go_on(),
+                Outcome::Broken => return Err(broken()),
+            }
+            self.current.wait(None)?;
+            if self.current.cancelled {
+                engine.cancel(&self.run);
+            }
+            if self.current.ready > ready {
+                ready = self.current.ready;
+                engine.ready(&self.run, ready);
+            }
+        }
+    }
+}
+
+impl Drop for Watched<'_, '_, '_> {
+    fn drop(&mut self) {
+        if self.run.outcome() == Outcome::Running {
+            self.current.hub.engine.cancel(&self.run);
+            while self.run.outcome() == Outcome::Running {
+                self.current.wait_deaf();
+            }
+        }
+    }
+}
+
+/// Tells the client how far its window has been read.
+struct Flow {
+    lane: Arc<Lane>,
+    plan: Arc<Plan>,
+    request: u32,
+    told: Mutex<usize>,
+}
+
+impl Observer for Flow {
+    fn progress(&self, watermark: usize) {
+        let list = self.plan.chunks();
+        if list.resident {
+            return;
+        }
+        // Under its lock, so that watermarks go out in order whichever worker is faster.
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if watermark <= *told || list.freed(*told, watermark) < list.capacity / 4 {
+            return;
+        }
+        *told = watermark;
+        let mut frame = Vec::with_capacity(32);
+        Message::Consumed { chunks: watermark as u32 }.encode(self.request, &mut frame);
+        match self.lane.connection.send(&frame, &[]) {
+            Ok(()) | Err(SocketError::Closed) => {}
+            Err(error) => {
+                tracing::warn!(session = self.lane.session.id, "a lane is disconnected: {error}");
+                self.lane.connection.shutdown();
+            }
+        }
+    }
+
+    fn ended(&self) {
+        self.lane.wake.signal();
+    }
+}
+
+// The end.
+
+/// Completes the extent, gives the lease and, if it has a name, publishes: one step for everybody else.
+fn finish(
+    current: &Current<'_, '_>,
+    mut filling: Filling<'_>,
+    length: u64,
+    flight: Option<Flight<'_>>,
+    named: Option<Naming>,
+) -> Result<Granted, Trouble> {
+    let hub = current.hub;
+    let session = &current.lane.session;
+    let mut books = hub.books();
+    let id = filling.taken.id;
+    books.complete(id, length)?;
+    filling.armed = false;
+    let granted = books.lease(session.id, id);
+    let mut granted = match granted {
+        Ok(granted) => granted,
+        Err(trouble) => {
+            books.settle(id);
+            return Err(trouble);
+        }
+    };
+    if let (Some(flight), Some(naming)) = (&flight, named) {
+        let (extent, most) = (granted.lease.extent, hub.config.max_datasets);
+        let fingerprint = Some(flight.fingerprint);
+        match books.publish(session, extent, naming.name, naming.replace, fingerprint, most) {
+            Ok(()) => granted.lease.dataset = true,
+            Err(trouble) => {
+                books.unlease(session.id, &granted.lease);
+                return Err(trouble);
+            }
+        }
+    }
+    // Before the flight lands: it takes the lock, too.
+    drop(books);
+    drop(flight);
+    Ok(granted)
+}

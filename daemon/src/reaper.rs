@@ -1,0 +1,32 @@
+//! The reaper: one thread that unmaps and closes segments, which takes milliseconds for large ones.
+
+use std::io;
+use std::sync::Weak;
+use std::sync::mpsc::Receiver;
+use std::thread::{Builder, JoinHandle};
+
+use shmquant_protocol::segment::Segment;
+
+use crate::hub::Hub;
+
+/// What the reaper is told.
+#[derive(Debug)]
+pub(crate) enum Dead {
+    /// Free this.
+    Segment(Segment),
+    /// Nothing more will come.
+    Stop,
+}
+
+/// Starts the thread. The hub is told about every segment that is gone, so that its bytes count as free.
+pub(crate) fn start(queue: Receiver<Dead>, hub: Weak<Hub>) -> io::Result<JoinHandle<()>> {
+    Builder::new().name("shmq-reaper".to_owned()).spawn(move || {
+        while let Ok(Dead::Segment(segment)) = queue.recv() {
+            let id = segment.name().id;
+            drop(segment);
+            if let Some(hub) = hub.upgrade() {
+                hub.books().reaped(id);
+            }
+        }
+    })
+}

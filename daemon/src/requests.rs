@@ -1,0 +1,264 @@
+//! Requests that both kinds of connection take, and the only place that hands out leases in replies.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use shmquant_protocol::message::{ErrorCode, Extent, Lease, Message, Target};
+use shmquant_protocol::socket::SocketError;
+
+use crate::books::{Books, Granted, gone, too_many_holds};
+use crate::catalog::{Dataset, Fingerprint};
+use crate::error::Trouble;
+use crate::hub::Hub;
+use crate::memory::SegmentMemory;
+use crate::port::Port;
+use crate::session::{Session, random};
+use crate::stat;
+
+/// A reply, with the lease that has to be taken back if it cannot be delivered.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) message: Message,
+    pub(crate) memory: Option<Arc<SegmentMemory>>,
+    pub(crate) lease: Option<Lease>,
+}
+
+impl Answer {
+    fn plain(message: Message) -> Self {
+        Self { message, memory: None, lease: None }
+    }
+
+    /// A reply that carries a lease.
+    pub(crate) fn leased(message: Message, granted: Granted) -> Self {
+        Self { message, lease: Some(granted.lease), memory: granted.memory }
+    }
+}
+
+/// Serves one message; `Err` ends the connection.
+pub(crate) fn serve(
+    hub: &Hub,
+    session: &Session,
+    port: &mut Port<'_>,
+    request: u32,
+    message: Message,
+) -> Result<(), Trouble> {
+    match message {
+        Message::Release(list) => {
+            let mut books = hub.books();
+            for release in list {
+                books.release(session.id, release);
+            }
+            Ok(())
+        }
+        Message::Unmap { segment } => {
+            hub.books().unmapped(session.id, segment);
+            Ok(())
+        }
+        message => {
+            let answer = answer(hub, session, message);
+            deliver(hub, session, port, request, answer)
+        }
+    }
+}
+
+/// Sends an answer or an error; takes an undelivered lease back.
+pub(crate) fn deliver(
+    hub: &Hub,
+    session: &Session,
+    port: &mut Port<'_>,
+    request: u32,
+    answer: Result<Answer, Trouble>,
+) -> Result<(), Trouble> {
+    let answer = match answer {
+        Ok(answer) => answer,
+        Err(trouble) => return port.refuse(request, trouble),
+    };
+    let Err(error) = port.send(request, &answer.message, answer.memory.as_deref()) else { return Ok(()) };
+    if let Some(lease) = &answer.lease {
+        hub.books().unlease(session.id, lease);
+    }
+    match error {
+        SocketError::FdsInFlight => {
+            let text =
+                "too many file descriptors of this user are on their way to processes that do not read";
+            port.refuse(request, Trouble::new(ErrorCode::Limit, text, "try again"))
+        }
+        SocketError::PeerNotReading => {
+            tracing::warn!(session = session.id, pid = session.pid, "disconnected: {error}");
+            Err(Trouble::Lost)
+        }
+        _ => Err(Trouble::Lost),
+    }
+}
+
+fn answer(hub: &Hub, session: &Session, message: Message) -> Result<Answer, Trouble> {
+    let plain = |message| Ok(Answer::plain(message));
+    match message {
+        Message::Open(target) => {
+            let (granted, name) = hub.books().open(session.id, target)?;
+            let message = Message::Opened { lease: granted.lease, name };
+            Ok(Answer::leased(message, granted))
+        }
+        Message::Ticket(extent) => {
+            let mut secret = [0; 16];
+            random(&mut secret)?;
+            let ticket = hub.books().make_ticket(session.id, extent, secret)?;
+            plain(Message::Ticketed { ticket, secret })
+        }
+        Message::Publish { extent, replace, name } => {
+            let most = hub.config.max_datasets;
+            hub.books().publish(session, extent, name, replace, None, most)?;
+            plain(Message::Published)
+        }
+        Message::Drop { name } => {
+            hub.books().drop_dataset(&name)?;
+            plain(Message::Dropped)
+        }
+        Message::List { cursor, what } => plain(stat::list(hub, cursor, what)),
+        Message::Stat => plain(Message::Stats(stat::stat(hub))),
+        Message::Ping => plain(Message::Pong),
+        _ => Err(Trouble::protocol("this message has no place on this connection now")),
+    }
+}
+
+impl Books {
+    fn open(&mut self, session: u64, target: Target) -> Result<(Granted, String), Trouble> {
+        match target {
+            Target::Name(name) => {
+                let Some(dataset) = self.catalog.get(&name) else {
+                    return Err(no_dataset(&name));
+                };
+                let segment = dataset.extent.segment;
+                Ok((self.lease(session, segment)?, name))
+            }
+            Target::Ticket(number, secret) => {
+                let Some(ticket) = self.tickets.find(number, &secret) else {
+                    return Err(Trouble::new(
+                        ErrorCode::NotFound,
+                        format!("ticket {number} was opened before, has expired or never was"),
+                        "a pickled result can be loaded once; publish it by name to share it with many",
+                    ));
+                };
+                let granted = self.lease(session, ticket.segment)?;
+                self.end_ticket(number);
+                Ok((granted, String::new()))
+            }
+            Target::Again(extent) => {
+                let entry = self.registry.complete_mut(extent.segment, extent.generation);
+                let entry = entry.filter(|e| e.leases_of(session) > 0).ok_or_else(gone)?;
+                // Whatever was sent before did not arrive.
+                entry.mapped.retain(|s| *s != session);
+                Ok((self.lease(session, extent.segment)?, String::new()))
+            }
+        }
+    }
+
+    fn make_ticket(&mut self, session: u64, extent: Extent, secret: [u8; 16]) -> Result<u64, Trouble> {
+        let most = self.max_holds();
+        if self.account(session)?.holds >= most {
+            return Err(too_many_holds(most));
+        }
+        let entry = self.registry.complete_mut(extent.segment, extent.generation);
+        let entry = entry.filter(|e| e.leases_of(session) > 0 && e.extent() == extent).ok_or_else(gone)?;
+        entry.tickets += 1;
+        self.account(session)?.holds += 1;
+        Ok(self.tickets.add(secret, extent.segment, extent.generation, session))
+    }
+
+    /// Removes a ticket and its hold.
+    fn end_ticket(&mut self, number: u64) {
+        if let Some(ticket) = self.tickets.remove(number) {
+            self.ticket_ended(ticket.segment, ticket.generation, ticket.sender);
+        }
+    }
+
+    /// Removes tickets that have expired.
+    pub(crate) fn expire_tickets(&mut self, ttl: std::time::Duration) {
+        while let Some(ticket) = self.tickets.take_expired(ttl) {
+            self.counters.expired_tickets += 1;
+            self.ticket_ended(ticket.segment, ticket.generation, ticket.sender);
+        }
+    }
+
+    fn ticket_ended(&mut self, segment: u64, generation: u64, sender: u64) {
+        if let Ok(account) = self.account(sender) {
+            account.holds = account.holds.saturating_sub(1);
+        }
+        if let Some(entry) = self.registry.complete_mut(segment, generation) {
+            entry.tickets = entry.tickets.saturating_sub(1);
+            self.settle(segment);
+        }
+    }
+
+    /// Puts a result that the session leases under a name.
+    pub(crate) fn publish(
+        &mut self,
+        session: &Session,
+        extent: Extent,
+        name: String,
+        replace: bool,
+        fingerprint: Option<Fingerprint>,
+        most: u64,
+    ) -> Result<(), Trouble> {
+        if let Some(there) = self.catalog.get(&name) {
+            if there.extent == extent {
+                return Ok(());
+            }
+            if !replace {
+                return Err(name_exists(&name));
+            }
+        } else if self.catalog.len() as u64 >= most {
+            return Err(Trouble::new(
+                ErrorCode::Limit,
+                format!("the catalog has {most} datasets, which is the most there can be"),
+                "drop datasets that are not needed (`shmquant ls`, `shmquant drop`)",
+            ));
+        }
+        // The request that holds the flight comes with a fingerprint; others must not take its name.
+        if fingerprint.is_none() && !replace && self.catalog.flights().any(|(flight, _)| flight == name) {
+            return Err(name_exists(&name));
+        }
+        let entry = self.registry.complete_mut(extent.segment, extent.generation);
+        let entry = entry.filter(|e| e.leases_of(session.id) > 0 && e.extent() == extent).ok_or_else(gone)?;
+        entry.datasets += 1;
+        entry.exposed = true;
+        let before = self.catalog.put(Dataset {
+            name,
+            extent,
+            fingerprint,
+            created: SystemTime::now(),
+            pid: session.pid,
+            command: session.command.clone(),
+        });
+        if let Some(before) = before {
+            self.unpublished(&before);
+        }
+        Ok(())
+    }
+
+    fn drop_dataset(&mut self, name: &str) -> Result<(), Trouble> {
+        let dataset = self.catalog.remove(name).ok_or_else(|| no_dataset(name))?;
+        self.unpublished(&dataset);
+        Ok(())
+    }
+
+    fn unpublished(&mut self, dataset: &Dataset) {
+        if let Some(entry) = self.registry.get_mut(dataset.extent.segment) {
+            entry.datasets = entry.datasets.saturating_sub(1);
+            self.settle(dataset.extent.segment);
+        }
+    }
+}
+
+fn no_dataset(name: &str) -> Trouble {
+    Trouble::new(ErrorCode::NotFound, format!("no dataset is called {name:?}"), "`shmquant ls` lists them")
+}
+
+/// The name belongs to something else.
+pub(crate) fn name_exists(name: &str) -> Trouble {
+    Trouble::new(
+        ErrorCode::NameExists,
+        format!("a dataset {name:?} of another spec or source exists"),
+        "choose another name, or replace it (replace=True)",
+    )
+}
