@@ -240,7 +240,10 @@ mod tests {
                 scope.spawn(|| {
                     for _ in 0..200 {
                         let n = AtomicUsize::new(0);
-                        pool.with(&|| drop(n.fetch_add(1, Ordering::SeqCst)), || ());
+                        let body = || {
+                            n.fetch_add(1, Ordering::SeqCst);
+                        };
+                        pool.with(&body, || ());
                         assert!(n.into_inner() <= 1);
                     }
                 });

@@ -173,3 +173,171 @@ impl Drop for Done<'_, '_> {
         self.filling.changed.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use shmquant_kernels::{Affine, FloatType, Granularity, OnNonFinite, Scheme};
+
+    use super::*;
+    use crate::chunks::{Chunk, MIN_WINDOW};
+    use crate::descriptor::{Body, Descriptor, Item, Role, Spec, TableKind, Values};
+    use crate::segment::{Backing, Kind, Segment, SegmentName};
+
+    /// Layers whose chunks are filled with the low byte of their index in the list.
+    struct Numbered {
+        descriptor: Descriptor,
+        fills: AtomicUsize,
+    }
+
+    impl Source for Numbered {
+        fn descriptor(&self) -> &Descriptor {
+            &self.descriptor
+        }
+
+        fn fill(&self, chunk: &Chunk, out: &mut [u8]) {
+            assert_eq!(out.len() as u64, chunk.bytes);
+            self.fills.fetch_add(1, Ordering::Relaxed);
+            out.fill(mark_of(chunk));
+        }
+    }
+
+    fn mark_of(chunk: &Chunk) -> u8 {
+        (chunk.item as u8).wrapping_mul(31) ^ (chunk.first >> 10) as u8
+    }
+
+    fn layers(granularity: Granularity, sizes: &[u64]) -> Numbered {
+        let affine = Some(Affine::new(Scheme::Int8, None).unwrap());
+        let group_size = if granularity == Granularity::Group { 32 } else { 0 };
+        let spec = Spec { affine, granularity, on_nonfinite: OnNonFinite::Error, packed: false, group_size };
+        let item = |(i, n): (usize, &u64)| Item {
+            name: format!("layer {i}"),
+            body: Body::Values(Values {
+                role: Role::Layer,
+                spec: 0,
+                dtype: FloatType::F32,
+                null: false,
+                rows: 1,
+                k: *n,
+                null_count: 0,
+                shape: vec![],
+                params: None,
+            }),
+        };
+        let descriptor = Descriptor {
+            table: TableKind::Layers { large_names: false },
+            metrics: false,
+            continue_on_error: false,
+            specs: vec![spec],
+            metadata: Default::default(),
+            rows: sizes.len() as u64,
+            items: sizes.iter().enumerate().map(item).collect(),
+        };
+        Numbered { descriptor, fills: AtomicUsize::new(0) }
+    }
+
+    fn window() -> Window {
+        let name = SegmentName { instance: 0xc1, kind: Kind::Window, id: 3 };
+        let segment = Segment::create(Backing::Memfd, &name, MIN_WINDOW).unwrap();
+        Window::map(segment.fd().as_fd(), MIN_WINDOW, Backing::Memfd).unwrap()
+    }
+
+    fn list_of(source: &Numbered) -> ChunkList {
+        let mut bytes = Vec::new();
+        source.descriptor.encode(&mut bytes).unwrap();
+        ChunkList::new(&source.descriptor, bytes.len() as u64, MIN_WINDOW)
+    }
+
+    fn is_written(window: &Window, chunk: &Chunk) -> bool {
+        // SAFETY: nobody writes this chunk's place now.
+        let part = unsafe { window.part(chunk.at, chunk.bytes) }.unwrap();
+        part.iter().all(|b| *b == mark_of(chunk))
+    }
+
+    #[test]
+    fn a_resident_table_is_written_once_and_its_second_pass_not_at_all() {
+        let source = layers(Granularity::Tensor, &[300_000, 7, 0, 300_000]);
+        let (list, window) = (list_of(&source), window());
+        assert!(list.resident && list.chunks.iter().any(|c| c.shared));
+        let filling = Filling::new(&list, &source, &window).unwrap();
+        while filling.step() {}
+        assert_eq!(filling.watermark(), Some(list.chunks.len()));
+        let written = list.chunks.iter().filter(|c| !c.shared);
+        assert_eq!(source.fills.load(Ordering::Relaxed), written.clone().count());
+        assert!(written.into_iter().all(|c| is_written(&window, c)));
+    }
+
+    #[test]
+    fn several_threads_leave_no_gap_below_the_watermark_and_overwrite_nothing_unread() {
+        let sizes: Vec<u64> = (0..40).map(|i| 1000 + 20_011 * i).collect();
+        let source = layers(Granularity::Tensor, &sizes);
+        let (list, window) = (list_of(&source), window());
+        assert!(!list.resident);
+        let filling = Filling::new(&list, &source, &window).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| filling.help());
+            }
+            // The daemon's part: read what is announced, one chunk after the other.
+            let mut consumed = 0;
+            while consumed < list.chunks.len() {
+                let mark = filling.watermark().unwrap();
+                assert!(mark <= list.writable(consumed));
+                for chunk in &list.chunks[consumed..mark] {
+                    assert!(is_written(&window, chunk), "{chunk:?}");
+                }
+                if mark > consumed {
+                    consumed = mark.min(consumed + 3);
+                    filling.consumed(consumed);
+                }
+                std::thread::yield_now();
+            }
+        });
+        assert_eq!(source.fills.load(Ordering::Relaxed), list.chunks.len());
+    }
+
+    #[test]
+    fn who_is_stopped_takes_no_more() {
+        let source = layers(Granularity::Row, &[8 << 20]);
+        let (list, window) = (list_of(&source), window());
+        let filling = Filling::new(&list, &source, &window).unwrap();
+        assert!(filling.step());
+        filling.stop();
+        assert!(!filling.step());
+        filling.help();
+        assert_eq!(filling.watermark(), Some(1));
+    }
+
+    #[test]
+    fn a_list_for_another_window_is_refused() {
+        let source = layers(Granularity::Row, &[1 << 20, 1 << 20]);
+        let window = window();
+        let mut bytes = Vec::new();
+        source.descriptor.encode(&mut bytes).unwrap();
+        let list = ChunkList::new(&source.descriptor, bytes.len() as u64, 4 * MIN_WINDOW);
+        assert!(Filling::new(&list, &source, &window).is_err());
+    }
+
+    #[test]
+    fn what_a_panicking_source_left_out_is_never_announced() {
+        struct Broken(Numbered);
+        impl Source for Broken {
+            fn descriptor(&self) -> &Descriptor {
+                &self.0.descriptor
+            }
+            fn fill(&self, _: &Chunk, _: &mut [u8]) {
+                panic!("the source is broken");
+            }
+        }
+        let source = Broken(layers(Granularity::Row, &[1 << 20]));
+        let (list, window) = (list_of(&source.0), window());
+        let filling = Filling::new(&list, &source, &window).unwrap();
+        std::thread::scope(|scope| {
+            assert!(scope.spawn(|| filling.help()).join().is_err());
+        });
+        assert_eq!(filling.watermark(), None);
+        assert!(!filling.step());
+    }
+}

@@ -221,7 +221,8 @@ impl Lanes {
 
     /// Opens the lane that was counted already. `None` if the daemon allows no more, but there are others.
     fn grow(&self, link: &Link, need: u64, clock: &Clock<'_>) -> Result<Option<Lane>, ClientError> {
-        let window = if need > link.window() { need } else { link.window() };
+        let usual = if link.window() == 0 { link.welcome().window } else { link.window() };
+        let window = if need > usual { need } else { link.window() };
         let error = match Lane::open(link, window, clock) {
             Ok(lane) if lane.window.len() >= need => return Ok(Some(lane)),
             Ok(lane) => {
