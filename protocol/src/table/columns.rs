@@ -180,7 +180,7 @@ impl Quantized<'_> {
         };
         let want = values.layout(self.its_spec).n_params();
         if let Some(params) = &options.params {
-            values.params = given_params(params, name, sole, want).map_err(fail)?;
+            values.params = given_params(params, name, sole, want).map_err(|d| fail(*d))?;
         } else if options.part_of_stream
             && matches!(self.its_spec.granularity, Granularity::Tensor | Granularity::Dimension)
         {
@@ -223,9 +223,9 @@ impl<'a> Names<'a> {
         let asymmetric = spec.affine.is_some_and(|a| a.mapping == Mapping::Asymmetric);
         let shared = matches!(spec.granularity, Granularity::Tensor | Granularity::Dimension);
         let suffixes: &[&str] = match (role, shared, asymmetric) {
-            (Role::Plain, _, _) | (_, false, true) => &[SCALE_SUFFIX, ZERO_POINT_SUFFIX],
+            (_, false, true) | (Role::Plain, _, true) => &[SCALE_SUFFIX, ZERO_POINT_SUFFIX],
+            (Role::Plain, _, false) | (_, false, false) => &[SCALE_SUFFIX],
             (_, true, _) => &[PARAMS_ID_SUFFIX],
-            (_, false, false) => &[SCALE_SUFFIX],
         };
         if self.taken.get(name).is_some_and(|n| *n > 1) {
             let what = format!("column '{name}' occurs more than once");
@@ -233,8 +233,7 @@ impl<'a> Names<'a> {
                 InputError::column(name, what).hint("rename one of them"),
             )));
         }
-        let mut names = vec![name.to_owned()];
-        for suffix in suffixes {
+        for suffix in [SCALE_SUFFIX, ZERO_POINT_SUFFIX, PARAMS_ID_SUFFIX] {
             let result = format!("{name}{suffix}");
             if self.taken.contains_key(result.as_str()) {
                 let what = format!("column '{result}' is in the way of the parameters of '{name}'");
@@ -243,8 +242,9 @@ impl<'a> Names<'a> {
                     details.hint("rename it, or leave it out with keep=[...]"),
                 )));
             }
-            names.push(result);
         }
+        let mut names = vec![name.to_owned()];
+        names.extend(suffixes.iter().map(|suffix| format!("{name}{suffix}")));
         Ok(names)
     }
 }

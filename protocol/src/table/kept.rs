@@ -14,16 +14,19 @@ use crate::field::{NodeData, UnsupportedType, write_field};
 use crate::wire::Writer;
 
 /// Lengths and buffers of a column, the buffers in preorder.
-pub(super) fn column(field: &Field, arrays: &[ArrayRef]) -> Result<(NodeData, Vec<Stream>), Details> {
+pub(super) fn column(field: &Field, arrays: &[ArrayRef]) -> Result<(NodeData, Vec<Stream>), Box<Details>> {
     let mut unused = Vec::new();
     if let Err(UnsupportedType(found)) = write_field(&mut Writer::new(&mut unused), field) {
         let what = format!("column '{}' cannot be published: it has the type {found}", field.name());
-        return Err(Details::new(what).value(found).hint("leave it out with keep=[...], or cast it"));
+        return Err(Box::new(
+            Details::new(what).value(found).hint("leave it out with keep=[...], or cast it"),
+        ));
     }
     let chunks: Vec<ArrayData> = arrays.iter().map(|a| a.to_data()).collect();
     let mut streams = Vec::new();
-    let node = node(field.data_type(), &chunks, &mut streams)
-        .map_err(|what| Details::new(format!("column '{}' cannot be published: {what}", field.name())))?;
+    let node = node(field.data_type(), &chunks, &mut streams).map_err(|what| {
+        Box::new(Details::new(format!("column '{}' cannot be published: {what}", field.name())))
+    })?;
     Ok((node, streams))
 }
 
@@ -117,7 +120,8 @@ fn indices(chunks: &[ArrayData], width: usize) -> Stream {
     for chunk in chunks {
         let values = part(chunk, 0, width, chunk.len());
         let nulls = chunk.nulls().filter(|n| n.null_count() > 0).cloned();
-        let rows = Rows { values, row_bytes: width, starts: Starts::Dense, nulls, holes: None };
+        let rows =
+            Rows { values, len: chunk.len(), row_bytes: width, starts: Starts::Dense, nulls, holes: None };
         pieces.push(rows, chunk.len() * width);
     }
     Stream::Rows(pieces)

@@ -265,7 +265,7 @@ impl<'a> Builder<'a> {
         if let (Some(params), Some(_), false) = (&self.options.params, spec.affine, null) {
             let want = values.layout(spec).n_params();
             values.params = given_params(params, name, false, want).map_err(|d| {
-                let Details { what, hint, .. } = d;
+                let Details { what, hint, .. } = *d;
                 fail(Details { hint, ..InputError::layer(name, row, what) })
             })?;
         }
@@ -311,8 +311,14 @@ impl Weights {
             None => Stream::Bytes(Pieces::of(self.values, bytes)),
             Some(nulls) => {
                 let holes = Some(Holes { nulls, size: self.dtype.size() });
-                let rows =
-                    Rows { values: self.values, row_bytes: bytes, starts: Starts::Dense, nulls: None, holes };
+                let rows = Rows {
+                    values: self.values,
+                    len: 1,
+                    row_bytes: bytes,
+                    starts: Starts::Dense,
+                    nulls: None,
+                    holes,
+                };
                 Stream::Rows(Pieces::of(rows, bytes))
             }
         }
@@ -321,8 +327,9 @@ impl Weights {
 
 /// Rows and row length of `n` values of this shape.
 fn fit_shape(shape: &[i64], n: usize) -> Result<(u64, u64), String> {
-    if shape.len() > usize::from(u8::MAX) {
-        return Err(format!("a shape of {} axes", shape.len()));
+    // The result names its last axis in 8 bits.
+    if shape.len() > 128 {
+        return Err(format!("a shape of {} axes, 128 are allowed", shape.len()));
     }
     let product = |dims: &[i64]| dims.iter().try_fold(1u64, |p, d| p.checked_mul(u64::try_from(*d).ok()?));
     let (k, outer) = match shape.split_last() {

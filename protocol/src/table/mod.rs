@@ -207,14 +207,17 @@ impl Source for Table {
 }
 
 /// The parameters of one item out of given ones.
-fn given_params(params: &TableParams, name: &str, sole: bool, want: u64) -> Result<Option<Params>, Details> {
+fn given_params(
+    params: &TableParams,
+    name: &str,
+    sole: bool,
+    want: u64,
+) -> Result<Option<Params>, Box<Details>> {
     let Some(found) = params.get(name).or_else(|| params.sole().filter(|_| sole)) else {
         let known = params.names().collect::<Vec<_>>().join(", ");
         let details = Details::new(format!("params have no ranges for '{name}'"));
-        return Err(Details {
-            argument: Some("params"),
-            ..details.hint(format!("they have them for {known}"))
-        });
+        let details = details.hint(format!("they have them for {known}"));
+        return Err(Box::new(Details { argument: Some("params"), ..details }));
     };
     let have = found.scales.len() as u64;
     // A plain column or tensor has one scale whatever else there is.
@@ -223,7 +226,7 @@ fn given_params(params: &TableParams, name: &str, sole: bool, want: u64) -> Resu
         let details = Details::new(what)
             .value(have)
             .hint("ranges fit data of the same width (dimension) or rows (row)");
-        return Err(Details { argument: Some("params"), ..details });
+        return Err(Box::new(Details { argument: Some("params"), ..details }));
     }
     Ok(Some(found.clone()))
 }

@@ -145,7 +145,9 @@ impl Bits {
 pub(crate) struct Rows {
     /// The chunk's values, in bytes.
     pub(crate) values: Buffer,
-    /// Bytes of one row, not 0.
+    /// How many.
+    pub(crate) len: usize,
+    /// Bytes of one row; where it is 0 nothing is ever written.
     pub(crate) row_bytes: usize,
     /// Where rows begin.
     pub(crate) starts: Starts,

@@ -59,7 +59,7 @@ impl Column {
         arrays: &[ArrayRef],
         size: usize,
         nulls_as_zero: bool,
-    ) -> Result<Self, Details> {
+    ) -> Result<Self, Box<Details>> {
         let mut k = None;
         let mut base = 0;
         let mut lists = Vec::with_capacity(arrays.len());
@@ -83,7 +83,7 @@ impl Column {
                     .in_column(name)
                     .at(row, Some(index))
                     .hint("nulls=\"zero\" counts nulls inside vectors as 0");
-                return Err(details);
+                return Err(Box::new(details));
             }
             let holes = holes.and(list.values.nulls()).map(|n| Holes { nulls: n.clone(), size });
             let starts = match list.offsets {
@@ -91,7 +91,7 @@ impl Column {
                 Some(offsets) => Starts::At { offsets, size },
             };
             let values = primitive_bytes(&list.values, size);
-            chunks.push((Rows { values, row_bytes: k * size, starts, nulls, holes }, len));
+            chunks.push((Rows { values, len, row_bytes: k * size, starts, nulls, holes }, len));
             base += len;
         }
         Ok(Self { rows: base, k, null_count, chunks })
@@ -106,7 +106,7 @@ impl Column {
             it.rows += array.len();
             it.null_count += array.null_count();
             it.chunks.push((
-                Rows { values, row_bytes: size, starts: Starts::Dense, nulls, holes: None },
+                Rows { values, len: array.len(), row_bytes: size, starts: Starts::Dense, nulls, holes: None },
                 array.len(),
             ));
         }
@@ -148,7 +148,7 @@ struct List {
 }
 
 impl List {
-    fn of(name: &str, array: &ArrayRef) -> Result<Self, Details> {
+    fn of(name: &str, array: &ArrayRef) -> Result<Self, Box<Details>> {
         let (nulls, len) = (array.nulls().cloned(), array.len());
         Ok(match array.data_type() {
             DataType::FixedSizeList(_, k) => {
@@ -166,9 +166,9 @@ impl List {
                 Self { values: list.values().clone(), offsets, fixed: 0, nulls, len }
             }
             other => {
-                return Err(
-                    Details::new(format!("column '{name}' has type {other}, not a list")).in_column(name)
-                );
+                return Err(Box::new(
+                    Details::new(format!("column '{name}' has type {other}, not a list")).in_column(name),
+                ));
             }
         })
     }
@@ -178,7 +178,7 @@ impl List {
     }
 
     /// Every row that is not null must be as long as the ones before.
-    fn check_lengths(&self, name: &str, base: usize, k: &mut Option<usize>) -> Result<(), Details> {
+    fn check_lengths(&self, name: &str, base: usize, k: &mut Option<usize>) -> Result<(), Box<Details>> {
         if self.offsets.is_none() {
             match k {
                 Some(k) if *k != self.fixed => return Err(unequal(name, base, self.fixed, *k)),
@@ -219,17 +219,22 @@ impl List {
     }
 }
 
-fn unequal(name: &str, row: usize, len: usize, first: usize) -> Details {
-    Details::new(format!("column '{name}' row {row} has {len} values, the rows before have {first}"))
-        .in_column(name)
-        .at(row, None)
-        .value(len)
-        .hint("vectors of one column must have equal length; lists of any length are layers (layer_name, weights)")
+fn unequal(name: &str, row: usize, len: usize, first: usize) -> Box<Details> {
+    let details = Details::new(format!(
+        "column '{name}' row {row} has {len} values, the rows before have {first}"
+    ))
+    .in_column(name)
+    .at(row, None)
+    .value(len)
+    .hint(
+        "vectors of one column must have equal length; lists of any length are layers (layer_name, weights)",
+    );
+    Box::new(details)
 }
 
-impl From<Details> for InputError {
+impl From<Box<Details>> for InputError {
     /// The data's fault, for places where no option is involved.
-    fn from(details: Details) -> Self {
-        Self::Value(Box::new(details))
+    fn from(details: Box<Details>) -> Self {
+        Self::Value(details)
     }
 }
