@@ -8,6 +8,7 @@
 mod admission;
 mod books;
 mod catalog;
+pub mod cli;
 mod config;
 mod daemon;
 pub mod engine;

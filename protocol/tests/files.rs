@@ -19,7 +19,9 @@ use proptest::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
 use shmquant_kernels::FloatType;
 use shmquant_protocol::files::safetensors::{OtherTypes, TensorHead, Writer};
-use shmquant_protocol::files::{FileError, Format, MappedFile, arrow_ipc as ipc, safetensors as tensors};
+use shmquant_protocol::files::{
+    FileError, Format, MappedFile, arrow_ipc as ipc, detect, safetensors as tensors,
+};
 use tempfile::TempDir;
 
 type Outcome = Result<(), Box<dyn Error>>;
@@ -257,12 +259,18 @@ fn files_that_are_none_of_ours_are_told_apart() -> Outcome {
 /// Reads `bytes` by whatever reader takes them; only that it returns matters.
 fn read_any(dir: &Dir, bytes: &[u8]) -> Result<u64, FileError> {
     let path = dir.0.path().join("damaged");
-    fs::write(&path, bytes).map_err(|source| FileError::Io { path: path.clone(), what: "test", source })?;
-    let file = MappedFile::open(&path)?;
-    match file.format()? {
-        Format::Safetensors => tensors::read(&file, OtherTypes::Skip).map(|t| t.layers.len() as u64),
-        Format::ArrowFile | Format::ArrowStream => ipc::read(&file).map(|b| b.rows()),
-        Format::Parquet => Ok(0),
+    match detect(bytes) {
+        Some(Format::ArrowFile) => ipc::read_file(&path, &Buffer::from(bytes)).map(|b| b.rows()),
+        Some(Format::ArrowStream) => ipc::read_stream(&path, &Buffer::from(bytes)).map(|b| b.rows()),
+        Some(Format::Safetensors) => {
+            fs::write(&path, bytes).map_err(|source| FileError::Io {
+                path: path.clone(),
+                what: "test",
+                source,
+            })?;
+            tensors::read(&MappedFile::open(&path)?, OtherTypes::Skip).map(|t| t.layers.len() as u64)
+        }
+        _ => Err(FileError::UnknownFormat { path }),
     }
 }
 
@@ -295,7 +303,6 @@ proptest! {
         which in 0usize..3,
         damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
     ) {
-        let dir = Dir::new().unwrap();
         let batch = table().unwrap();
         let mut bytes = match which {
             0 => model().unwrap(),
@@ -306,6 +313,7 @@ proptest! {
             let place = place.index(bytes.len());
             bytes[place] = byte;
         }
+        let dir = Dir::new().unwrap();
         let _ = read_any(&dir, &bytes);
     }
 }
