@@ -24,10 +24,10 @@ from stdlib_messages import (
     OPEN_NAME,
     OPEN_TICKET,
     REPLACE,
-    TAINTED,
     DaemonError,
     decode,
     encode,
+    release_of,
     unpack,
 )
 
@@ -186,16 +186,6 @@ class Session(Connection):
         self.close()
 
 
-def release_of(lease, tainted=False):
-    """The *release* of one hold on a lease."""
-    extent = lease["extent"]
-    return {
-        "segment": extent["segment"],
-        "generation": extent["generation"],
-        "flags": TAINTED if tainted else 0,
-    }
-
-
 class Lane(Connection):
     """A further connection of a session, with its window."""
 
@@ -250,7 +240,7 @@ class Lane(Connection):
             if not resident and chunk.start + ceil64(chunk.bytes) - freed > ring:
                 break
             if not (resident and chunk.follows):
-                source = memoryview(sources[chunk.item][chunk.stream])
+                source = memoryview(sources[chunk.item][chunk.stream]).cast("B")
                 self.window[chunk.at : chunk.at + chunk.bytes] = source[
                     chunk.begin : chunk.begin + chunk.bytes
                 ]

@@ -187,6 +187,16 @@ def decode(raw):
     return name, request, values
 
 
+def release_of(lease, tainted=False):
+    """The *release* of one hold on a lease."""
+    extent = lease["extent"]
+    return {
+        "segment": extent["segment"],
+        "generation": extent["generation"],
+        "flags": TAINTED if tainted else 0,
+    }
+
+
 class DaemonError(Exception):
     """An `ERROR` reply."""
 
