@@ -113,11 +113,13 @@ impl<'a> Filling<'a> {
         (!state.failed).then(|| state.running.iter().copied().min().unwrap_or(state.next))
     }
 
-    /// Waits a little for other threads that are writing. False if there are none.
-    pub(super) fn wait_for_others(&self, at_most: Duration) -> bool {
+    /// Whether more than the chunks below `mark` is written or being written; waits a little for threads that are at it.
+    ///
+    /// Both are looked at together: a thread that ended since `mark` was asked for must not be missed.
+    pub(super) fn moves_beyond(&self, mark: usize, at_most: Duration) -> bool {
         let state = lock(&self.state);
         if state.running.is_empty() {
-            return false;
+            return state.next != mark || state.failed;
         }
         drop(self.changed.wait_timeout(state, at_most).unwrap_or_else(PoisonError::into_inner));
         true

@@ -155,7 +155,7 @@ impl Stream<'_> {
             if announced == all {
                 return Ok(None);
             }
-            if wrote || filling.wait_for_others(GLANCE) {
+            if wrote || filling.moves_beyond(announced, GLANCE) {
                 continue;
             }
             // The window is full: the daemon has the word.
