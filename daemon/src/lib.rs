@@ -11,6 +11,7 @@ mod catalog;
 pub mod cli;
 mod config;
 mod daemon;
+mod ending;
 pub mod engine;
 mod error;
 mod fpu;

@@ -11,6 +11,7 @@ use shmquant_protocol::socket::SocketError;
 
 use crate::books::{Granted, Taken};
 use crate::catalog::{Fingerprint, Found};
+use crate::ending;
 use crate::engine::{Observer, Outcome, Run, Work};
 use crate::error::Trouble;
 use crate::hub::Hub;
@@ -78,7 +79,11 @@ pub(crate) fn quantize(
         tracing::error!(report, complete.length, "a job's report or file is longer than was planned");
         return Err(Trouble::new(ErrorCode::Internal, "the result is longer than was planned", ""));
     }
-    let granted = finish(current, filling, complete.length, flight, asked.named)?;
+    let Some(length) = ending::repeat(&*filling.taken.memory, complete.length) else {
+        tracing::error!(complete.length, "a job's file does not end with a footer");
+        return Err(Trouble::new(ErrorCode::Internal, "the result has no end", ""));
+    };
+    let granted = finish(current, filling, length, flight, asked.named)?;
     Ok(Answer::leased(Message::Done { lease: granted.lease, report }, granted))
 }
 

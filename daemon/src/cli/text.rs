@@ -89,6 +89,6 @@ mod tests {
         listing.write(&mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
         assert_eq!([shortened("äbc", 3), shortened("äbc", 2), shortened("", 0)], ["äbc", "äb...", ""]);
-        assert_eq!(text, "name         size\na\u{fffd}[2Jb           1\nlonger name  1234\n");
+        assert_eq!(text, "name         size\na\u{fffd}[2Jb          1\nlonger name  1234\n");
     }
 }

@@ -70,7 +70,9 @@ fn parse_file(path: &Path, bytes: &Buffer) -> Result<Batches, FileError> {
     let (rest, trailer) = bytes.split_last_chunk::<TRAILER>().ok_or_else(|| damaged("no footer"))?;
     let footer_length = read_footer_length(*trailer).map_err(|_| damaged("it does not end with a footer"))?;
     let footer = rest.len().checked_sub(footer_length).ok_or_else(|| damaged("the footer is cut off"))?;
-    let footer = root_as_footer(&rest[footer..]).map_err(|e| damaged(&format!("footer: {e}")))?;
+    // Flatbuffers want an alignment that footers of some writers do not have.
+    let footer = Buffer::from(&rest[footer..]);
+    let footer = root_as_footer(&footer).map_err(|e| damaged(&format!("footer: {e}")))?;
     let schema = footer.schema().ok_or_else(|| damaged("the footer has no schema"))?;
     if !schema.endianness().equals_to_target_endianness() {
         return Err(damaged("its byte order is not this machine's"));
