@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 
-use shmquant_kernels::Affine;
 use shmquant_protocol::descriptor::Params;
 use shmquant_protocol::message::{ErrorCode, Failure};
 
@@ -11,7 +10,7 @@ use super::fault::internal;
 use super::item::Known;
 use super::outcome::Outcome;
 use super::writer::Writer;
-use crate::plan::{Column, ValuesTarget, Zeros, is_asymmetric, refuse, with_id};
+use crate::plan::{Column, ValuesTarget, Zeros, refuse, with_id};
 
 /// Writes everything of one column but its codes; embedded parameters go to `embedded`.
 pub(super) fn write(
@@ -22,10 +21,9 @@ pub(super) fn write(
     embedded: &mut HashMap<usize, Params>,
 ) -> Result<(), Failure> {
     let plan = &*job.plan;
-    let (values, spec, target) =
+    let (values, _, target) =
         plan.values(column.item).ok_or_else(|| internal("a quantized column without values"))?;
-    let affine = spec.affine.ok_or_else(|| internal("a quantized column without a scheme"))?;
-    let params = private_params(job, column.item, target, &affine, values.elements() == 0);
+    let params = private_params(job, column.item, target, values.elements() == 0);
     if plan.is_embedded(column.item) {
         let params = params.ok_or_else(|| internal("the parameters were never made"))?;
         if let Some(id) = column.params_id {
@@ -76,13 +74,7 @@ pub(super) fn put_params(
 }
 
 /// Parameters that are not in the result yet: given ones, those of a second pass, those of no values.
-fn private_params(
-    job: &Job,
-    item: usize,
-    target: &ValuesTarget,
-    affine: &Affine,
-    empty: bool,
-) -> Option<Params> {
+fn private_params(job: &Job, item: usize, target: &ValuesTarget, empty: bool) -> Option<Params> {
     let given = job.plan.values(item).and_then(|(values, ..)| values.params.as_ref());
     if let Some(given) = given {
         // Identity is what the parameters are, whatever the client called them.
@@ -92,7 +84,6 @@ fn private_params(
         Some(Known::Own { scales, zeros, .. }) => Some(with_id(scales.clone(), zeros.clone())),
         _ if empty => {
             let n = target.params as usize;
-            debug_assert!(is_asymmetric(affine) || matches!(target.zeros, Zeros::None));
             Some(with_id(vec![1.0; n], vec![0; n]))
         }
         _ => None,

@@ -1,6 +1,7 @@
 //! What a layers table needs when its chunks have ended: everything but codes and parameters.
 
-use shmquant_protocol::descriptor::{Body, Params, Values};
+use shmquant_kernels::Granularity;
+use shmquant_protocol::descriptor::{Body, Spec, Values};
 use shmquant_protocol::message::Failure;
 
 use super::Job;
@@ -9,10 +10,8 @@ use super::fault;
 use super::outcome::{Outcome, numbers};
 use super::writer::Writer;
 use crate::plan::{
-    Batch, Binary, FLOAT_METRICS, List, ValuesTarget, Words, axes, bit_width, error_cap, words,
+    Batch, Binary, FLOAT_METRICS, List, Place, ValuesTarget, Words, Zeros, axes, bit_width, error_cap, words,
 };
-use shmquant_kernels::Granularity;
-use shmquant_protocol::descriptor::Spec;
 
 /// One row of the batch.
 struct Row<'a> {
@@ -81,7 +80,7 @@ pub(super) fn write(
     w.validity(batch.data.node, valid())?;
     w.offsets(batch.data.offsets, batch.data.large, rows.iter().map(|r| r.target.code_bytes))?;
     lengths(w, &batch.scales, valid(), rows.iter().map(|r| r.target.params))?;
-    let zeros = |r: &Row<'_>| if has_zeros(r) { r.target.params } else { 0 };
+    let zeros = |r: &Row<'_>| zeros_place(r.target).map_or(0, |_| r.target.params);
     lengths(w, &batch.zeros, valid(), rows.iter().map(zeros))?;
     let shaped = rows.iter().map(|r| !(r.values.null && r.values.shape.is_empty()));
     lengths(w, &batch.shape, shaped, rows.iter().map(|r| axes(r.values) as u64))?;
@@ -112,8 +111,11 @@ fn params_and_codes(w: &mut Writer<'_>, job: &Job, row: &Row<'_>) -> Result<(), 
     let target = row.target;
     if row.is_null() {
         w.at(file.at(target.codes), target.code_bytes)?.fill(0);
-        let n = target.params as usize;
-        return put_params(w, job, target, &Params { id: 0, scales: vec![0.0; n], zero_points: vec![0; n] });
+        let bytes = target.params * 4;
+        for place in target.scales.into_iter().chain(zeros_place(target)) {
+            w.at(file.at(place), bytes)?.fill(0);
+        }
+        return Ok(());
     }
     match &row.values.params {
         Some(params) if target.params > 0 => put_params(w, job, target, params),
@@ -121,8 +123,11 @@ fn params_and_codes(w: &mut Writer<'_>, job: &Job, row: &Row<'_>) -> Result<(), 
     }
 }
 
-fn has_zeros(row: &Row<'_>) -> bool {
-    matches!(row.target.zeros, crate::plan::Zeros::F32(_))
+fn zeros_place(target: &ValuesTarget) -> Option<Place> {
+    match target.zeros {
+        Zeros::F32(place) => Some(place),
+        _ => None,
+    }
 }
 
 fn strings<'a>(
