@@ -158,10 +158,14 @@ impl Quantized<'_> {
         let name = self.field.name();
         let fail = |details: Details| InputError::Value(Box::new(details.in_column(name)));
         let size = self.dtype.size();
-        let column = match self.role {
+        let mut column = match self.role {
             Role::Plain => Column::plain(arrays, size),
             _ => Column::vectors(name, arrays, size, options.nulls_as_zero)?,
         };
+        // A table without batches still has its vectors' dimension.
+        if let (true, DataType::FixedSizeList(_, k)) = (arrays.is_empty(), self.field.data_type()) {
+            column.k = usize::try_from(*k).unwrap_or(0);
+        }
         let (rows, k) = (column.rows as u64, column.k as u64);
         if k > i32::MAX as u64 || rows.checked_mul(k).is_none_or(|n| n > MAX_ELEMENTS) {
             return Err(fail(Details::new(format!("column '{name}' is too large: {rows} x {k} values"))));
@@ -223,8 +227,8 @@ impl<'a> Names<'a> {
         let asymmetric = spec.affine.is_some_and(|a| a.mapping == Mapping::Asymmetric);
         let shared = matches!(spec.granularity, Granularity::Tensor | Granularity::Dimension);
         let suffixes: &[&str] = match (role, shared, asymmetric) {
-            (_, false, true) | (Role::Plain, _, true) => &[SCALE_SUFFIX, ZERO_POINT_SUFFIX],
-            (Role::Plain, _, false) | (_, false, false) => &[SCALE_SUFFIX],
+            (Role::Plain, _, _) | (_, false, true) => &[SCALE_SUFFIX, ZERO_POINT_SUFFIX],
+            (_, false, false) => &[SCALE_SUFFIX],
             (_, true, _) => &[PARAMS_ID_SUFFIX],
         };
         if self.taken.get(name).is_some_and(|n| *n > 1) {
