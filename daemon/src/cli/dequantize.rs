@@ -94,7 +94,7 @@ pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<(), CliError> {
     let bytes = sink.finish()?;
     if !args.quiet && !left_out.is_empty() {
         let count = units::plural(left_out.len() as u64, "layer");
-        eprintln!("left out {count} that have no data: {}", clean(&left_out.join(", ")));
+        eprintln!("left out {count} without data: {}", clean(&left_out.join(", ")));
     }
     let what = if layers { "layer" } else { "row" };
     let written = if args.json {

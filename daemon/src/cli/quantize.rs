@@ -133,7 +133,7 @@ pub(super) fn run(args: Args, link: &Link, out: &mut dyn Write) -> Result<(), Cl
             skipped.iter().take(3).map(|s| format!("{} ({})", clean(&s.name), s.dtype)).collect();
         let more = if skipped.len() > 3 { ", ..." } else { "" };
         let count = units::plural(skipped.len() as u64, "tensor");
-        eprintln!("left out {count} that hold no floats: {}{more}", some.join(", "));
+        eprintln!("left out {count} without floats: {}{more}", some.join(", "));
     }
     let quantized = quantize(&args, link, &table)?;
     // Values of two versions of a file would be worth nothing.
