@@ -67,13 +67,17 @@ class Connection:
 
     def receive(self):
         """Receive one message and its file descriptors; `ConnectionError` when the peer has closed."""
-        room = socket.CMSG_SPACE(4 * MAX_FDS)
-        raw, ancillary, flags, _ = self.socket.recvmsg(MAX_FRAME, room, socket.MSG_CMSG_CLOEXEC)
+        room, flags = socket.CMSG_SPACE(4 * MAX_FDS), socket.MSG_CMSG_CLOEXEC
+        try:
+            raw, ancillary, got, _ = self.socket.recvmsg(MAX_FRAME, room, flags)
+        except ConnectionResetError:
+            # The daemon closed without reading all that was sent to it. What it had said is still here.
+            raw, ancillary, got, _ = self.socket.recvmsg(MAX_FRAME, room, flags)
         fds = array.array("i")
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+        if got & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
             raise OSError("file descriptors or bytes of a frame were lost on the way")
         if not raw:
             raise ConnectionError("the daemon closed the connection")
@@ -124,6 +128,18 @@ class Session(Connection):
                 self.send("UNMAP", segment=values["segment"])
             except BufferError:
                 self.segments[values["segment"]] = mapping
+
+    def listen(self):
+        """Hear the notices that came while nothing was asked: who never does keeps memory from everybody."""
+        patience = self.socket.gettimeout()
+        self.socket.settimeout(0)
+        try:
+            while True:
+                self.notice(*self.receive()[:3])
+        except BlockingIOError:
+            return
+        finally:
+            self.socket.settimeout(patience)
 
     def attach(self, lease, fds):
         """Map the lease's segment if it is new, and give a view of the extent."""
@@ -202,6 +218,7 @@ class Lane(Connection):
 
     def quantize(self, descriptor, sources, name=None, replace=False, timeout=NO_TIMEOUT, releases=()):
         """Quantize `sources` (per item, its streams); gives the lease, its view and the reports."""
+        self.session.listen()
         raw = descriptor.encode()
         if len(raw) > self.size // 4:
             raise ValueError(f"a descriptor of {len(raw)} bytes in a window of {self.size}")

@@ -2,12 +2,15 @@
 
 import array
 import base64
+import contextlib
 import json
 import math
 import mmap
 import os
 import random
+import socket
 import struct
+import subprocess
 import sys
 import uuid
 from pathlib import Path
@@ -538,6 +541,82 @@ def test_a_bad_frame_ends_the_connection(address, what, raw):
     assert m.CODES[fields["code"]] == ("VERSION" if "version" in what else "PROTOCOL")
     assert fields["message"]
     closed(session)
+
+
+def test_a_frame_that_is_too_long_ends_the_connection(address):
+    session = Session(address)
+    session.socket.send(m.frame(16, 1, b"", bytes(m.MAX_FRAME - 15)))
+    assert error_of(session.answer, 0).code == "PROTOCOL"
+    closed(session)
+
+
+def test_what_was_said_survives_a_reset(address):
+    session = Session(address)
+    # The daemon closes after the first one, with the others unread.
+    session.socket.setblocking(False)
+    with contextlib.suppress(BrokenPipeError, BlockingIOError):
+        for _ in range(50):
+            session.ask("HELLO")
+    session.socket.settimeout(30)
+    assert error_of(session.answer, 2).code == "PROTOCOL"
+    closed(session)
+
+
+def test_descriptors_that_nobody_asked_for_are_closed(session):
+    session.ping()
+    before = json.loads(session.stat())["fds"]
+    read, write = os.pipe()
+    for _ in range(40):
+        session.requests += 1
+        frame = m.encode("PING", session.requests)
+        socket.send_fds(session.socket, [frame], [write] * m.MAX_FDS)
+        session.answer(session.requests)
+    os.close(write)
+    assert os.read(read, 1) == b"", "no copy of the other end is left"
+    os.close(read)
+    assert json.loads(session.stat())["fds"] < before + 40
+
+
+def test_who_does_not_read_is_disconnected(address):
+    session = Session(address)
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        while True:
+            session.ask("STAT")
+    Session(address).ping()
+
+
+def test_an_unmap_unasked_makes_the_descriptor_come_again(session, lane):
+    descriptor, values = column_of(4, 16, INT8_ROWS), numbers(64)
+    first, view, _ = lane.quantize(descriptor, [[values]])
+    del view
+    session.release(first)
+    session.notice("UNMAP", 0, {"segment": first["extent"]["segment"]})
+    session.ping()
+    second, view, _ = lane.quantize(descriptor, [[values]])
+    assert second["flags"] & m.LEASE_FD
+    assert list(ArrowFile(view).batches[0]["emb"].values()) == symmetric_codes(values, 16)
+
+
+JOIN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from stdlib_client import Connection
+from stdlib_messages import DaemonError
+try:
+    Connection(sys.argv[2]).call("JOIN", session=int(sys.argv[3]), token=bytes.fromhex(sys.argv[4]))
+except DaemonError as error:
+    print(error.code)
+"""
+
+
+def test_only_the_sessions_process_joins(address, session):
+    token, number = session.hello["token"], session.hello["session"]
+    connection = Connection(address)
+    assert error_of(connection.call, "JOIN", session=number, token=bytes(16)).code == "PROTOCOL"
+    closed(connection)
+    arguments = [str(Path(__file__).parent), address, str(number), token.hex()]
+    ran = subprocess.run([sys.executable, "-c", JOIN, *arguments], capture_output=True, text=True, timeout=60)
+    assert ran.stdout == "PROTOCOL\n", ran.stderr
 
 
 def test_a_longer_fixed_part_is_understood(address):
