@@ -180,7 +180,7 @@ impl Books {
     }
 
     /// Sessions in turn: who was served longest ago goes first; within a session, who came first.
-    fn is_first(&self, asked: &Asked) -> bool {
+    pub(crate) fn is_first(&self, asked: &Asked) -> bool {
         let served = |session| self.sessions.get(&session).map_or(0, |a| a.last_grant);
         let mine = (served(asked.session), asked.number.unwrap_or(u64::MAX));
         self.admission.waiting.iter().all(|w| (served(w.session), w.number) >= mine)

@@ -14,6 +14,7 @@ use shmquant_protocol::segment::Kind;
 use shmquant_protocol::socket::Connection;
 
 use crate::admission::{Asked, Verdict};
+use crate::books::{Books, Taken};
 use crate::error::Trouble;
 use crate::fpu;
 use crate::headroom::Headroom;
@@ -155,7 +156,10 @@ fn make_window(
     }
     let size = size.next_multiple_of(4096).min(hub.config.max_window);
     let mut current = Current::new(hub, lane, port, request);
-    let growth = grow(&mut current, size, Some(Instant::now() + WINDOW_PATIENCE))?;
+    let patience = Some(Instant::now() + WINDOW_PATIENCE);
+    let Room::New(growth) = grow(&mut current, size, Kind::Window, patience)? else {
+        return Err(Trouble::Lost);
+    };
     let (id, memory) = hub.make_segment(Kind::Window, size)?;
     let mut books = hub.books();
     books.add_window(id, lane.session.id, memory.clone())?;
@@ -276,7 +280,7 @@ pub(crate) struct Growth<'a> {
 
 impl Growth<'_> {
     /// The bytes are in the registry: the caller has just entered them, under the same lock.
-    pub(crate) fn done(mut self, books: &mut crate::books::Books) {
+    pub(crate) fn done(mut self, books: &mut Books) {
         books.grown(std::mem::take(&mut self.bytes));
     }
 }
@@ -289,12 +293,21 @@ impl Drop for Growth<'_> {
     }
 }
 
-/// Waits until `bytes` of shared memory may be made.
+/// What a request for memory ends with.
+pub(crate) enum Room<'a> {
+    /// A segment of the session's own pool.
+    Own(Taken),
+    /// The right to make one.
+    New(Growth<'a>),
+}
+
+/// Waits until `bytes` of shared memory may be made, or for a result until the session's pool has them.
 pub(crate) fn grow<'a>(
     current: &mut Current<'a, '_>,
     bytes: u64,
+    kind: Kind,
     deadline: Option<Instant>,
-) -> Result<Growth<'a>, Trouble> {
+) -> Result<Room<'a>, Trouble> {
     let hub = current.hub;
     let mut turn =
         Turn { hub, lane: current.lane, asked: Asked::new(current.lane.session.id, bytes, deadline) };
@@ -305,6 +318,12 @@ pub(crate) fn grow<'a>(
         let verdict = {
             let mut books = hub.books();
             books.account(turn.asked.session)?;
+            if kind == Kind::Result
+                && books.is_first(&turn.asked)
+                && let Some(taken) = books.take_pooled(turn.asked.session, bytes)?
+            {
+                return Ok(Room::Own(taken));
+            }
             let verdict = books.admit(&mut turn.asked, hub.config.budget, seen, at);
             if matches!(verdict, Verdict::Wait) {
                 books.add_waiting(current.lane);
@@ -312,7 +331,7 @@ pub(crate) fn grow<'a>(
             verdict
         };
         match verdict {
-            Verdict::Granted => return Ok(Growth { hub, bytes }),
+            Verdict::Granted => return Ok(Room::New(Growth { hub, bytes })),
             Verdict::Refused(failure) => return Err(Trouble::Refused(failure)),
             Verdict::Wait => {
                 let soon = Instant::now() + LOOK_AGAIN;

@@ -16,7 +16,7 @@ use crate::engine::{Observer, Outcome, Run, Work};
 use crate::error::Trouble;
 use crate::hub::Hub;
 use crate::job::Job;
-use crate::lane::{Answered, Current, Lane, Window, grow, stopping};
+use crate::lane::{Answered, Current, Lane, Room, Window, grow, stopping};
 use crate::memory::{Memory, copy_in, copy_out, poison};
 use crate::plan::Plan;
 use crate::pool::class_of;
@@ -205,14 +205,16 @@ fn allocate<'a>(
     let pooled = hub.books().take_pooled(session, size)?;
     let taken = match pooled {
         Some(taken) => taken,
-        None => {
-            let growth = grow(current, size, deadline)?;
-            let (id, memory) = hub.make_segment(Kind::Result, size)?;
-            let mut books = hub.books();
-            let taken = books.add_result(id, session, memory)?;
-            growth.done(&mut books);
-            taken
-        }
+        None => match grow(current, size, Kind::Result, deadline)? {
+            Room::Own(taken) => taken,
+            Room::New(growth) => {
+                let (id, memory) = hub.make_segment(Kind::Result, size)?;
+                let mut books = hub.books();
+                let taken = books.add_result(id, session, memory)?;
+                growth.done(&mut books);
+                taken
+            }
+        },
     };
     let filling = Filling { hub, taken, armed: true };
     if filling.taken.recycled {
@@ -239,14 +241,10 @@ fn run(current: &mut Current<'_, '_>, plan: &Arc<Plan>, job: &Arc<Job>) -> Resul
             Err(_) => Err(broken()),
         };
     }
-    let flow = Flow {
-        lane: current.lane.clone(),
-        plan: plan.clone(),
-        request: current.request,
-        told: Mutex::new(0),
-    };
-    let run = hub.engine.submit(current.lane.session.id, job.clone(), current.ready, Arc::new(flow));
-    let watched = Watched { current, run };
+    let (lane, request) = (current.lane.clone(), current.request);
+    let flow = Arc::new(Flow { lane, plan: plan.clone(), request, told: Mutex::new(0) });
+    let run = hub.engine.submit(current.lane.session.id, job.clone(), current.ready, flow.clone());
+    let watched = Watched { current, run, flow };
     watched.follow()
 }
 
@@ -259,6 +257,7 @@ fn broken() -> Trouble {
 struct Watched<'c, 'a, 'p> {
     current: &'c mut Current<'a, 'p>,
     run: Arc<Run>,
+    flow: Arc<Flow>,
 }
 
 impl Watched<'_, '_, '_> {
@@ -292,6 +291,7 @@ impl Drop for Watched<'_, '_, '_> {
                 self.current.wait_deaf();
             }
         }
+        self.flow.close();
     }
 }
 
@@ -301,6 +301,13 @@ struct Flow {
     plan: Arc<Plan>,
     request: u32,
     told: Mutex<usize>,
+}
+
+impl Flow {
+    /// Nothing is sent from here on: a worker may be late, and the request is about to be answered.
+    fn close(&self) {
+        *self.told.lock().unwrap_or_else(PoisonError::into_inner) = usize::MAX;
+    }
 }
 
 impl Observer for Flow {
