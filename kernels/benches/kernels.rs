@@ -20,7 +20,7 @@ const THREADS: usize = 2;
 #[derive(Clone, Copy)]
 enum Work {
     Fused(Granularity),
-    Scan,
+    Scan(Granularity),
     Encode(Granularity),
     Decode(Granularity),
     Measure(Granularity),
@@ -33,12 +33,25 @@ struct Case {
     work: Work,
     /// The same bytes are read as values of this format.
     dtype: FloatType,
+    k: usize,
+    group: u64,
+    packed: bool,
 }
 
 fn cases() -> Vec<Case> {
     use Granularity::{Dimension, Group, Row, Tensor};
-    let case = |name, scheme, work| Case { name, scheme, mapping: None, work, dtype: FloatType::F32 };
-    let half = |name, scheme, work| Case { name, scheme, mapping: None, work, dtype: FloatType::Bf16 };
+    let case = |name, scheme, work| Case {
+        name,
+        scheme,
+        mapping: None,
+        work,
+        dtype: FloatType::F32,
+        k: ROW,
+        group: 128,
+        packed: true,
+    };
+    let of = |dtype, name, scheme, work| Case { dtype, ..case(name, scheme, work) };
+    let (half, bf16) = (FloatType::F16, FloatType::Bf16);
     vec![
         case("int8 row", Scheme::Int8, Work::Fused(Row)),
         case("int8 group128", Scheme::Int8, Work::Fused(Group)),
@@ -47,14 +60,30 @@ fn cases() -> Vec<Case> {
         case("int4 group128", Scheme::Int4, Work::Fused(Group)),
         case("uint4 group128", Scheme::UInt4, Work::Fused(Group)),
         case("uint2 group128", Scheme::UInt2, Work::Fused(Group)),
-        half("int8 row bf16", Scheme::Int8, Work::Fused(Row)),
-        half("uint4 group128 bf16", Scheme::UInt4, Work::Fused(Group)),
-        case("scan tensor", Scheme::Int8, Work::Scan),
+        of(bf16, "int8 row bf16", Scheme::Int8, Work::Fused(Row)),
+        of(bf16, "uint4 group128 bf16", Scheme::UInt4, Work::Fused(Group)),
+        of(half, "int8 row f16", Scheme::Int8, Work::Fused(Row)),
+        of(half, "encode int8 tensor f16", Scheme::Int8, Work::Encode(Tensor)),
+        of(FloatType::F64, "int8 row f64", Scheme::Int8, Work::Fused(Row)),
+        Case { k: 1000, ..case("int8 row1000", Scheme::Int8, Work::Fused(Row)) },
+        Case { k: 333, ..case("int4 row333", Scheme::Int4, Work::Fused(Row)) },
+        Case { k: 1000, group: 100, ..case("uint4 group100", Scheme::UInt4, Work::Fused(Group)) },
+        Case { group: 32, ..case("uint4 group32", Scheme::UInt4, Work::Fused(Group)) },
+        Case { packed: false, ..case("uint4 group128 unpacked", Scheme::UInt4, Work::Fused(Group)) },
+        Case { packed: false, ..case("uint2 row unpacked", Scheme::UInt2, Work::Fused(Row)) },
+        case("scan tensor", Scheme::Int8, Work::Scan(Tensor)),
+        case("scan dimension", Scheme::Int8, Work::Scan(Dimension)),
         case("encode int8 tensor", Scheme::Int8, Work::Encode(Tensor)),
+        case("encode uint8 tensor", Scheme::UInt8, Work::Encode(Tensor)),
+        case("encode int8 row", Scheme::Int8, Work::Encode(Row)),
+        case("encode uint4 group128", Scheme::UInt4, Work::Encode(Group)),
         case("encode uint8 dimension", Scheme::UInt8, Work::Encode(Dimension)),
+        case("encode uint4 dimension", Scheme::UInt4, Work::Encode(Dimension)),
+        Case { k: 4, ..case("encode uint8 dimension4", Scheme::UInt8, Work::Encode(Dimension)) },
         case("decode int8 row", Scheme::Int8, Work::Decode(Row)),
-        case("measure int8 row", Scheme::Int8, Work::Measure(Row)),
         case("decode uint4 group128", Scheme::UInt4, Work::Decode(Group)),
+        case("measure int8 row", Scheme::Int8, Work::Measure(Row)),
+        case("measure uint4 group128", Scheme::UInt4, Work::Measure(Group)),
     ]
 }
 
@@ -63,6 +92,7 @@ struct Buffers {
     scales: Vec<f32>,
     zeros: Vec<f32>,
     out: Vec<f32>,
+    ranges: Vec<Range>,
 }
 
 impl Buffers {
@@ -72,6 +102,7 @@ impl Buffers {
             scales: vec![1.0; (values / 16).max(ROW)],
             zeros: vec![0.0; (values / 16).max(ROW)],
             out: vec![0.0; values],
+            ranges: vec![Range::EMPTY; ROW],
         }
     }
 }
@@ -85,16 +116,15 @@ fn bytes_of(values: &[f32]) -> &[u8] {
 fn chunk(kernels: &Kernels, case: &Case, values: &[f32], b: &mut Buffers, at: usize, total: usize) {
     let affine = Affine::new(case.scheme, case.mapping).expect("a combination of the table");
     let granularity = match case.work {
-        Work::Fused(g) | Work::Encode(g) | Work::Decode(g) | Work::Measure(g) => g,
-        Work::Scan => Granularity::Tensor,
+        Work::Fused(g) | Work::Scan(g) | Work::Encode(g) | Work::Decode(g) | Work::Measure(g) => g,
     };
     let layout = Layout {
-        rows: (total * 4 / case.dtype.size() / ROW) as u64,
-        k: ROW as u64,
-        group: 128,
+        rows: (total * 4 / case.dtype.size() / case.k) as u64,
+        k: case.k as u64,
+        group: case.group,
         granularity,
         pad_rows: false,
-        packed: true,
+        packed: case.packed,
     };
     let input = Values::from_bytes(bytes_of(values), case.dtype);
     let at = at * 4 / case.dtype.size();
@@ -125,8 +155,8 @@ fn chunk(kernels: &Kernels, case: &Case, values: &[f32], b: &mut Buffers, at: us
                 )
                 .expect("finite values");
         }
-        Work::Scan => {
-            kernels.scan(input, first, &layout, policy, &mut [Range::EMPTY]).expect("finite values");
+        Work::Scan(_) => {
+            kernels.scan(input, first, &layout, policy, &mut b.ranges[params]).expect("finite values");
         }
         Work::Encode(_) => {
             let zeros = ZeroPoints::F32(&b.zeros[params.clone()]);
@@ -213,9 +243,11 @@ fn main() {
                 continue;
             }
             let mut small = Buffers::new(CACHED);
+            // Whole rows, of the wider formats too.
+            let (few, many) = (CACHED / (2 * case.k) * 2 * case.k, CHUNK / (2 * case.k) * 2 * case.k);
             let cached = fastest(5, || {
                 for _ in 0..100 {
-                    chunk(kernels, &case, &values[..CACHED], &mut small, 0, CACHED);
+                    chunk(kernels, &case, &values[..few], &mut small, 0, few);
                 }
             });
             let (mut copied, mut streamed) = (f64::MAX, f64::MAX);
@@ -223,15 +255,15 @@ fn main() {
                 copied = copied.min(fastest(2, || on_threads(&mut parts, |v, b| b.out.copy_from_slice(v))));
                 streamed = streamed.min(fastest(2, || {
                     on_threads(&mut parts, |values, buffers| {
-                        for (i, part) in values.chunks(CHUNK).enumerate() {
-                            chunk(kernels, &case, part, buffers, i * CHUNK, values.len());
+                        for (i, part) in values.chunks_exact(many).enumerate() {
+                            chunk(kernels, &case, part, buffers, i * many, values.len());
                         }
                     });
                 }));
             }
             println!(
                 "{name:34} cached {:6.2} G/s   stream {:6.1} GB/s   {:5.2} of memcpy {:5.1}",
-                100.0 * (CACHED * 4 / case.dtype.size()) as f64 / cached / 1e9,
+                100.0 * (few * 4 / case.dtype.size()) as f64 / cached / 1e9,
                 bytes / streamed / 1e9,
                 copied / streamed,
                 bytes / copied / 1e9,

@@ -208,6 +208,18 @@ impl Layout {
         out
     }
 
+    /// The same places of a [`Granularity::Dimension`] with short rows taken together, as far as codes adjoin and
+    /// `len` elements are worth it, and how many rows now are one: its columns are the old ones as often.
+    pub(crate) fn repeated(&self, bits: u8, len: usize) -> (Self, usize) {
+        const LEAST: u64 = 512;
+        let adjoin = !self.pad_rows || (self.k * u64::from(self.stored_bits(bits))).is_multiple_of(8);
+        if !adjoin || self.k == 0 || self.k >= LEAST {
+            return (*self, 1);
+        }
+        let times = LEAST.min(len as u64).div_ceil(self.k).max(1);
+        (Self { rows: self.rows.div_ceil(times), k: self.k * times, ..*self }, times as usize)
+    }
+
     /// The pieces of rows that `[first, first + len)` consists of.
     pub(crate) fn pieces(&self, first: u64, len: usize, bits: u8) -> Pieces {
         let k = self.k.max(1);
@@ -245,6 +257,19 @@ pub(crate) struct Pieces {
     col: u64,
     at: usize,
     len: usize,
+}
+
+impl Pieces {
+    /// How many whole rows are still to come, where the last piece ended a row.
+    pub(crate) fn whole_rows(&self) -> usize {
+        usize::try_from(self.layout.k).map_or(0, |k| (self.len - self.at).checked_div(k).unwrap_or(0))
+    }
+
+    /// Leaves out whole rows.
+    pub(crate) fn skip_rows(&mut self, rows: usize) {
+        self.at += rows * self.layout.k as usize;
+        self.row += rows as u64;
+    }
 }
 
 impl Iterator for Pieces {

@@ -10,6 +10,7 @@
 //! they are read through raw pointers only and never steer an index.
 
 mod dequantize;
+mod encoder;
 mod fault;
 mod layout;
 mod metrics;

@@ -10,8 +10,6 @@ use crate::values::Values;
 
 /// Elements of one block; blocks are counted from a chunk's start.
 const BLOCK: usize = 4096;
-/// Partial sums kept apart inside a block, so that every path adds in the same order.
-const LANES: usize = 8;
 
 /// Sums over values x and decoded values y, in f64.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -126,7 +124,7 @@ impl Kernels {
                     counted -= 1;
                 }
             }
-            let mut block = sum_block(x, y);
+            let mut block = self.sums(x, y);
             block.n = counted;
             sums.add(block);
             at += n;
@@ -150,41 +148,5 @@ impl Kernels {
             at += tile.len();
         }
         rows
-    }
-}
-
-fn sum_block(x: &[f32], y: &[f32]) -> Sums {
-    let mut signal = [0f64; LANES];
-    let mut noise = [0f64; LANES];
-    let mut dot = [0f64; LANES];
-    let mut decoded = [0f64; LANES];
-    let mut worst = [0f64; LANES];
-    let mut add = |i: usize, x: f32, y: f32| {
-        let (x, y) = (f64::from(x), f64::from(y));
-        let error = x - y;
-        signal[i] += x * x;
-        noise[i] += error * error;
-        dot[i] += x * y;
-        decoded[i] += y * y;
-        worst[i] = if error.abs() > worst[i] { error.abs() } else { worst[i] };
-    };
-    let (xs, x_rest) = x.as_chunks::<LANES>();
-    let (ys, y_rest) = y.as_chunks::<LANES>();
-    for (x, y) in xs.iter().zip(ys) {
-        for i in 0..LANES {
-            add(i, x[i], y[i]);
-        }
-    }
-    for (i, (&x, &y)) in x_rest.iter().zip(y_rest).enumerate() {
-        add(i, x, y);
-    }
-    let total = |lanes: [f64; LANES]| lanes.iter().sum();
-    Sums {
-        n: 0,
-        signal: total(signal),
-        noise: total(noise),
-        dot: total(dot),
-        decoded: total(decoded),
-        worst: worst.iter().fold(0.0, |a, &b| if b > a { b } else { a }),
     }
 }

@@ -1,12 +1,13 @@
 //! From values to codes: whole domains in one go, or ranges first and codes afterwards.
 
+use crate::encoder::{ColumnParams, Encoder, Params};
 use crate::fault::{Counters, Fault, OnNonFinite};
-use crate::layout::{Granularity, Layout, Piece};
-use crate::packing::put;
-use crate::path::{Kernels, Step, TILE};
+use crate::layout::{Granularity, Layout, Piece, Pieces};
+use crate::path::groups::Widen;
+use crate::path::{BLOCK, Kernels, TILE};
 use crate::scheme::{Affine, Range, ZeroPoints, ZeroPointsMut, params_from_range};
 use crate::source::Source;
-use crate::values::{FloatType, Values};
+use crate::values::Values;
 
 /// Quantizes a chunk whose domains (rows, groups, the whole tensor) are complete: range, parameters and codes, each
 /// domain while it is in the cache.
@@ -130,14 +131,17 @@ impl Kernels {
         let joined = layout.joined(affine.bits);
         let mut work = Encoder::new(source, layout, affine, codes);
         let base = layout.param_index(first);
-        for piece in joined.pieces(first, values.len(), affine.bits) {
+        let mut pieces = joined.pieces(first, values.len(), affine.bits);
+        while let Some(piece) = pieces.next() {
             let mut at = 0;
             while at < piece.len {
                 let part = part_in_group(&joined, &piece, at, affine);
                 let param = (joined.param_index(part.row * joined.k + part.col) - base) as usize;
-                let groups = (piece.len - at) / part.len;
-                let run = work.fuse_groups(&part, groups, &mut scales[param..], &mut zero_points, param);
+                let (count, stride) = adjoining(&joined, &piece, &part, &pieces, affine);
+                let mut params = Params::Own { scales, zero_points: &mut zero_points, first: param };
+                let run = work.groups(&part, count, stride, &mut params);
                 if run > 0 {
+                    pieces.skip_rows((run * part.len - 1) / piece.len);
                     at += run * part.len;
                     continue;
                 }
@@ -164,29 +168,17 @@ impl Kernels {
         assert_eq!(ranges.len() as u64, params.end - params.start, "ranges of a chunk of {}", values.len());
         let mut source = Source::new(self, values, first, layout, policy)?;
         let mut tile = [0f32; TILE];
+        if layout.granularity == Granularity::Dimension {
+            return scan_columns(&mut source, layout, ranges, &mut tile);
+        }
         // 8 bits: codes play no part here, so rows may always be joined.
         let joined = layout.joined(8);
         for piece in joined.pieces(first, values.len(), 8) {
             let mut at = 0;
             while at < piece.len {
                 let part = part_in_group(&joined, &piece, at, &BYTES);
-                let mut done = 0;
-                while done < part.len {
-                    let tile = &mut tile[..(part.len - done).min(TILE)];
-                    let loaded = source.load(part.at + done, tile)?;
-                    if joined.granularity == Granularity::Dimension {
-                        let column = part.col as usize + done;
-                        let columns = &mut ranges[column..column + tile.len()];
-                        if loaded.infinities > 0 {
-                            tile.iter_mut().filter(|v| v.is_infinite()).for_each(|v| *v = 0.0);
-                        }
-                        self.merge_columns(tile, columns);
-                    } else {
-                        let index = joined.param_index(part.row * joined.k + part.col) - params.start;
-                        ranges[index as usize].merge(loaded.range);
-                    }
-                    done += tile.len();
-                }
+                let index = joined.param_index(part.row * joined.k + part.col) - params.start;
+                ranges[index as usize].merge(source.range(part.at, part.len, &mut tile)?);
                 at += part.len;
             }
         }
@@ -209,24 +201,34 @@ impl Kernels {
     ) -> Result<Counters, Fault> {
         check(values, first, layout, affine, codes.len(), scales.len(), zero_points.len());
         let source = Source::new(self, values, first, layout, policy)?;
-        let joined = layout.joined(affine.bits);
         let mut work = Encoder::new(source, layout, affine, codes);
-        let base = layout.param_range(first, values.len() as u64).start;
-        let columns: Vec<i32> = match joined.granularity {
-            Granularity::Dimension => (0..scales.len()).map(|i| zero_points.get(i)).collect(),
-            _ => Vec::new(),
-        };
-        for piece in joined.pieces(first, values.len(), affine.bits) {
-            if joined.granularity == Granularity::Dimension {
-                work.encode_columns(&piece, scales, &columns)?;
-                continue;
+        if layout.granularity == Granularity::Dimension {
+            let (wide, times) = layout.repeated(affine.bits, values.len());
+            let params = ColumnParams::new(scales, zero_points, affine, times);
+            for piece in wide.pieces(first, values.len(), affine.bits) {
+                work.encode_columns(&piece, &params)?;
             }
+            return Ok(work.finish(nulled_rows));
+        }
+        let joined = layout.joined(affine.bits);
+        let base = layout.param_range(first, values.len() as u64).start;
+        let mut pieces = joined.pieces(first, values.len(), affine.bits);
+        while let Some(piece) = pieces.next() {
             let mut at = 0;
             while at < piece.len {
                 let part = part_in_group(&joined, &piece, at, affine);
                 let param = (joined.param_index(part.row * joined.k + part.col) - base) as usize;
-                let step = Step::new(scales[param], zero_points.get(param), affine);
-                work.encode(&part, &step)?;
+                if part.len <= BLOCK {
+                    let (count, stride) = adjoining(&joined, &piece, &part, &pieces, affine);
+                    let mut params = Params::Given { scales, zero_points, first: param };
+                    let run = work.groups(&part, count, stride, &mut params);
+                    if run > 0 {
+                        pieces.skip_rows((run * part.len - 1) / piece.len);
+                        at += run * part.len;
+                        continue;
+                    }
+                }
+                work.encode(&part, scales[param], zero_points.get(param))?;
                 at += part.len;
             }
         }
@@ -234,8 +236,55 @@ impl Kernels {
     }
 }
 
-/// Chunks of this many values or more write past the cache: their codes would push out what is read next.
-const STREAM_FROM: usize = 1 << 17;
+/// The first pass where every column has a range of its own.
+fn scan_columns(
+    source: &mut Source<'_>,
+    layout: &Layout,
+    ranges: &mut [Range],
+    tile: &mut [f32; TILE],
+) -> Result<(), Fault> {
+    let len = source.values.len();
+    let (wide, times) = layout.repeated(8, len);
+    let mut min: Vec<f32> = std::iter::repeat_n(&*ranges, times).flatten().map(|range| range.min).collect();
+    let mut max: Vec<f32> = std::iter::repeat_n(&*ranges, times).flatten().map(|range| range.max).collect();
+    for piece in wide.pieces(source.first, len, 8) {
+        let mut done = 0;
+        while done < piece.len {
+            let n = (piece.len - done).min(TILE);
+            let (at, column) = (piece.at + done, piece.col as usize + done);
+            let (min, max) = (&mut min[column..column + n], &mut max[column..column + n]);
+            done += n;
+            if source.direct() {
+                let values = source.values.slice(at..at + n);
+                if source.kernels.widen(Widen { values, min, max }) {
+                    continue;
+                }
+            }
+            let tile = &mut tile[..n];
+            if source.load(at, tile)?.infinities > 0 {
+                tile.iter_mut().filter(|v| v.is_infinite()).for_each(|v| *v = 0.0);
+            }
+            source.kernels.merge_columns(tile, min, max);
+        }
+    }
+    for (i, (&min, &max)) in min.iter().zip(&max).enumerate() {
+        ranges[i % layout.k as usize].merge(Range { min, max });
+    }
+    Ok(())
+}
+
+/// How many domains as long as `part` adjoin it, itself included, and how many bits one's codes lie from the next's:
+/// those in the rest of its piece, or, where rows are domains that begin on bytes, those that follow it.
+fn adjoining(layout: &Layout, piece: &Piece, part: &Piece, rest: &Pieces, affine: &Affine) -> (usize, usize) {
+    let codes = part.len * usize::from(layout.stored_bits(affine.bits));
+    if layout.granularity != Granularity::Group || part.len as u64 != layout.group {
+        return (1, codes);
+    }
+    if part.len == piece.len && part.len as u64 == layout.k {
+        return (1 + rest.whole_rows(), layout.row_bytes(affine.bits) as usize * 8);
+    }
+    ((piece.len - (part.at - piece.at)) / part.len, codes)
+}
 
 /// Stands in where only places in the value order matter.
 const BYTES: Affine = Affine {
@@ -285,164 +334,9 @@ fn part_in_group(layout: &Layout, piece: &Piece, at: usize, affine: &Affine) -> 
     Piece { at: piece.at + at, len, row: piece.row, col, bit }
 }
 
-fn at_element(fault: Fault, element: u64) -> Fault {
+pub(crate) fn at_element(fault: Fault, element: u64) -> Fault {
     match fault {
         Fault::RangeOverflow { min, max, .. } => Fault::RangeOverflow { index: element, min, max },
         other => other,
-    }
-}
-
-/// Writes the codes of one chunk, tile by tile.
-struct Encoder<'a> {
-    source: Source<'a>,
-    affine: &'a Affine,
-    stored: u8,
-    codes: &'a mut [u8],
-    tile: [f32; TILE],
-    scratch: [u8; TILE],
-    counters: Counters,
-}
-
-impl<'a> Encoder<'a> {
-    fn new(source: Source<'a>, layout: &Layout, affine: &'a Affine, codes: &'a mut [u8]) -> Self {
-        let counters = Counters {
-            n: source.values.len() as u64,
-            n_nonfinite: source.nulled_values,
-            ..Counters::default()
-        };
-        let stored = layout.stored_bits(affine.bits);
-        Self { source, affine, stored, codes, tile: [0.0; TILE], scratch: [0; TILE], counters }
-    }
-
-    /// One whole domain: a single load where it fits a tile.
-    fn fuse(&mut self, part: &Piece) -> Result<(f32, i32), Fault> {
-        let mut range = Range::EMPTY;
-        let mut infinities = 0;
-        let mut done = 0;
-        while done < part.len {
-            let n = (part.len - done).min(TILE);
-            let loaded = self.source.load(part.at + done, &mut self.tile[..n])?;
-            range.merge(loaded.range);
-            if part.len <= TILE {
-                self.counters.n_nonfinite += loaded.nonfinite;
-                infinities = loaded.infinities;
-            }
-            done += n;
-        }
-        let (scale, zero_point, degenerate) = params_from_range(range, self.affine)
-            .map_err(|fault| at_element(fault, self.source.first + part.at as u64))?;
-        self.counters.n_degenerate_groups += u64::from(degenerate);
-        let step = Step::new(scale, zero_point, self.affine);
-        if part.len <= TILE {
-            self.write(part.len, part.bit, &step, infinities);
-        } else {
-            self.encode(part, &step)?;
-        }
-        Ok((scale, zero_point))
-    }
-
-    /// As many adjoining groups like `part` as the path can take on its own, at most `groups`: straight from the
-    /// source, or from a tile where values have to be widened or rows left out.
-    fn fuse_groups(
-        &mut self,
-        part: &Piece,
-        groups: usize,
-        scales: &mut [f32],
-        zero_points: &mut ZeroPointsMut<'_>,
-        param: usize,
-    ) -> usize {
-        const BATCH: usize = 256;
-        let kernels = self.source.kernels;
-        let bits = usize::from(self.affine.bits);
-        if self.stored != self.affine.bits
-            || !part.bit.is_multiple_of(8)
-            || !kernels.takes_groups_of(part.len)
-        {
-            return 0;
-        }
-        let direct = self.source.values.dtype() == FloatType::F32 && self.source.nulled.is_empty();
-        let batch = if direct { BATCH } else { TILE / part.len };
-        let stream = self.source.values.len() >= STREAM_FROM;
-        let mut zeros = [0; BATCH];
-        let mut done = 0;
-        while done < groups && batch > 0 {
-            let n = (groups - done).min(batch);
-            let at = part.at + done * part.len;
-            let values = if direct {
-                self.source.values.slice(at..at + n * part.len)
-            } else {
-                let tile = &mut self.tile[..n * part.len];
-                self.source.load_unchecked(at, tile);
-                Values::from_f32(tile)
-            };
-            let byte = part.bit / 8 + done * part.len * bits / 8;
-            let codes = &mut self.codes[byte..byte + n * part.len * bits / 8];
-            let (scales, zeros) = (&mut scales[done..done + n], &mut zeros[..n]);
-            let run = kernels.groups(values, part.len, codes, scales, zeros, self.affine, stream);
-            self.counters.n_clipped += run.clipped;
-            self.counters.n_degenerate_groups += run.degenerate;
-            for (i, &zero_point) in zeros.iter().enumerate().take(run.groups) {
-                zero_points.set(param + done + i, zero_point);
-            }
-            done += run.groups;
-            if run.groups < n {
-                break;
-            }
-        }
-        done
-    }
-
-    /// A part of a domain whose parameters are known.
-    fn encode(&mut self, part: &Piece, step: &Step) -> Result<(), Fault> {
-        let mut done = 0;
-        while done < part.len {
-            let n = (part.len - done).min(TILE);
-            let loaded = self.source.load(part.at + done, &mut self.tile[..n])?;
-            self.counters.n_nonfinite += loaded.nonfinite;
-            self.write(n, part.bit + done * usize::from(self.stored), step, loaded.infinities);
-            done += n;
-        }
-        Ok(())
-    }
-
-    /// A part of a row with parameters for every column.
-    fn encode_columns(&mut self, piece: &Piece, scales: &[f32], zero_points: &[i32]) -> Result<(), Fault> {
-        let mut done = 0;
-        while done < piece.len {
-            let n = (piece.len - done).min(TILE);
-            let loaded = self.source.load(piece.at + done, &mut self.tile[..n])?;
-            self.counters.n_nonfinite += loaded.nonfinite;
-            let columns = piece.col as usize + done..piece.col as usize + done + n;
-            let kernels = self.source.kernels;
-            let (scales, zeros) = (&scales[columns.clone()], &zero_points[columns]);
-            let clipped =
-                kernels.encode_columns(&self.tile[..n], &mut self.scratch[..n], scales, zeros, self.affine);
-            self.counters.n_clipped += clipped - loaded.infinities.min(clipped);
-            let bit = piece.bit + done * usize::from(self.stored);
-            put(kernels, &self.scratch[..n], self.stored, self.codes, bit);
-            done += n;
-        }
-        Ok(())
-    }
-
-    /// Encodes the first `n` values of the tile to a bit position.
-    fn write(&mut self, n: usize, bit: usize, step: &Step, infinities: u64) {
-        let kernels = self.source.kernels;
-        let tile = &self.tile[..n];
-        let clipped = if self.stored == 8 {
-            kernels.encode_tile(tile, &mut self.codes[bit / 8..bit / 8 + n], step)
-        } else {
-            let scratch = &mut self.scratch[..n];
-            let clipped = kernels.encode_tile(tile, scratch, step);
-            put(kernels, scratch, self.stored, self.codes, bit);
-            clipped
-        };
-        // Infinities lie outside any bounds, but they are counted as what they are.
-        self.counters.n_clipped += clipped - infinities.min(clipped);
-    }
-
-    fn finish(self, nulled_rows: &mut Vec<u64>) -> Counters {
-        nulled_rows.extend_from_slice(&self.source.nulled);
-        self.counters
     }
 }

@@ -4,7 +4,7 @@ use std::ops;
 
 use crate::fault::{Fault, OnNonFinite};
 use crate::layout::Layout;
-use crate::path::Kernels;
+use crate::path::{BLOCK, Kernels, TILE};
 use crate::scheme::Range;
 use crate::values::{FloatType, Values};
 
@@ -53,6 +53,33 @@ impl<'a> Source<'a> {
             source.find_nulled()?;
         }
         Ok(source)
+    }
+
+    /// Whether the path may read values where they lie: it has functions for that, and no rows are left out.
+    pub(crate) fn direct(&self) -> bool {
+        self.kernels.takes(self.values.dtype()) && self.nulled.is_empty()
+    }
+
+    /// The range of `len` values from offset `at`, after the policy was applied.
+    pub(crate) fn range(&mut self, at: usize, len: usize, tile: &mut [f32; TILE]) -> Result<Range, Fault> {
+        let mut range = Range::EMPTY;
+        let mut done = 0;
+        while done < len {
+            let from = at + done;
+            if self.direct() {
+                let n = (len - done).min(BLOCK);
+                let seen = self.kernels.range_of(self.values.slice(from..from + n));
+                if seen.finite {
+                    range.merge(seen.range);
+                    done += n;
+                    continue;
+                }
+            }
+            let n = (len - done).min(TILE);
+            range.merge(self.load(from, &mut tile[..n])?.range);
+            done += n;
+        }
+        Ok(range)
     }
 
     /// Reads `tile.len()` values from offset `at` as they are, but for the rows left out.
@@ -119,10 +146,10 @@ impl<'a> Source<'a> {
     }
 
     fn find_nulled(&mut self) -> Result<(), Fault> {
-        let mut tile = [0f32; crate::path::TILE];
+        let mut tile = [0f32; TILE];
         let mut at = 0;
         while at < self.values.len() {
-            let tile = &mut tile[..(self.values.len() - at).min(crate::path::TILE)];
+            let tile = &mut tile[..(self.values.len() - at).min(TILE)];
             self.kernels.load(&self.values, at, tile);
             if !self.kernels.range(tile).finite {
                 self.examine(at, tile)?;

@@ -436,53 +436,164 @@ fn every_short_length() {
     }
 }
 
+/// Normal numbers of all signs and few exponents; where `dirty`, some infinities and NaN.
+fn many_values(n: u64, dirty: bool) -> Vec<f32> {
+    let mut state = 7u64;
+    (0..n)
+        .map(|i| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            match (dirty, i % 5003) {
+                (true, 77) => f32::INFINITY,
+                (true, 78) => f32::NEG_INFINITY,
+                (true, 4000) => f32::NAN,
+                _ => f32::from_bits((state >> 32) as u32 & 0x81ff_ffff | 0x3e00_0000),
+            }
+        })
+        .collect()
+}
+
 /// Chunks so large that codes are written past the cache, to aligned places and others.
 #[test]
 fn large_chunks_give_the_same_on_every_path() {
-    let (rows, k) = (140u64, 1024u64);
-    let mut state = 7u64;
-    let values: Vec<f32> = (0..rows * k)
-        .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            // Normal numbers of all signs and few exponents.
-            f32::from_bits((state >> 32) as u32 & 0x81ff_ffff | 0x3e00_0000)
-        })
-        .collect();
-    for (scheme, mapping) in SCHEMES {
-        let affine = Affine::new(scheme, Some(mapping)).expect("a combination of the table");
-        for (granularity, group) in
-            [(Granularity::Row, 0), (Granularity::Group, 32), (Granularity::Group, 128)]
-        {
-            let layout = Layout { rows, k, group, granularity, pad_rows: true, packed: true };
+    let layout = |k, granularity, group, pad_rows, packed| Layout {
+        rows: 140_000 / k,
+        k,
+        group,
+        granularity,
+        pad_rows,
+        packed,
+    };
+    let layouts = [
+        layout(1024, Granularity::Row, 0, true, true),
+        layout(1024, Granularity::Group, 32, true, true),
+        layout(1024, Granularity::Group, 128, true, true),
+        layout(1000, Granularity::Group, 100, true, false),
+        layout(333, Granularity::Row, 0, true, true),
+        layout(333, Granularity::Row, 0, false, true),
+        layout(10_001, Granularity::Row, 0, false, true),
+        layout(1000, Granularity::Tensor, 0, false, true),
+        layout(1024, Granularity::Dimension, 0, true, true),
+        layout(333, Granularity::Dimension, 0, false, true),
+        layout(333, Granularity::Dimension, 0, true, true),
+        layout(4, Granularity::Dimension, 0, true, true),
+    ];
+    let values: Vec<Vec<u8>> =
+        [(FloatType::F32, false), (FloatType::F32, true), (FloatType::Bf16, true), (FloatType::F16, false)]
+            .iter()
+            .map(|&(dtype, dirty)| bytes_of(&many_values(140_000, dirty), dtype, &[1], false))
+            .collect();
+    for (s, (scheme, mapping)) in SCHEMES.into_iter().enumerate() {
+        let mut affine = Affine::new(scheme, Some(mapping)).expect("a combination of the table");
+        for (l, layout) in layouts.iter().enumerate() {
+            // Every scheme and layout, but not all formats with each of them.
+            let which = (s + l) % values.len();
+            let dtype = [FloatType::F32, FloatType::F32, FloatType::Bf16, FloatType::F16][which];
+            affine.arith = if (s + l) % 3 == 0 { Arith::Recip } else { Arith::Div };
+            let n = (layout.rows * layout.k) as usize;
+            let values = Values::from_bytes(&values[which], dtype).slice(0..n);
             let bytes = layout.code_bytes(affine.bits) as usize;
+            let params = layout.n_params() as usize;
             let mut all = Vec::new();
-            for kernels in Kernels::all() {
-                for shift in [0, 1, 16, 64] {
-                    let mut codes = vec![0x5au8; bytes + 128];
-                    let aligned = codes.as_ptr().align_offset(64) + shift;
-                    let mut scales = vec![0.0; layout.n_params() as usize];
-                    let mut zeros = vec![0.0; layout.n_params() as usize];
-                    let counters = kernels
-                        .fused(
-                            Values::from_f32(&values),
-                            0,
-                            &layout,
-                            &affine,
-                            OnNonFinite::Error,
-                            &mut codes[aligned..aligned + bytes],
-                            &mut scales,
-                            ZeroPointsMut::F32(&mut zeros),
-                            &mut Vec::new(),
-                        )
-                        .expect("finite values");
+            for (kernels, shift) in
+                Kernels::all().into_iter().flat_map(|k| [(k, 0), (k, 1), (k, 16), (k, 64)])
+            {
+                let mut codes = vec![0x5au8; bytes + 128];
+                let aligned = codes.as_ptr().align_offset(64) + shift;
+                let mut scales = vec![0.0; params];
+                let mut zeros = vec![0.0; params];
+                let policy = OnNonFinite::Saturate;
+                let fused = kernels
+                    .fused(
+                        values,
+                        0,
+                        layout,
+                        &affine,
+                        policy,
+                        &mut codes[aligned..aligned + bytes],
+                        &mut scales,
+                        ZeroPointsMut::F32(&mut zeros),
+                        &mut Vec::new(),
+                    )
+                    .expect("values that saturate");
+                let own = codes.clone();
+                // The same once more, given, and in part clipped.
+                let half: Vec<f32> =
+                    scales.iter().enumerate().map(|(i, s)| if i % 2 == 0 { s / 2.0 } else { *s }).collect();
+                let zero_points = ZeroPoints::F32(&zeros);
+                let given = kernels
+                    .encode(
+                        values,
+                        0,
+                        layout,
+                        &affine,
+                        policy,
+                        &half,
+                        zero_points,
+                        &mut codes[aligned..aligned + bytes],
+                        &mut Vec::new(),
+                    )
+                    .expect("values that saturate");
+                for codes in [&own, &codes] {
                     assert!(codes[..aligned].iter().chain(&codes[aligned + bytes..]).all(|&b| b == 0x5a));
-                    all.push((codes[aligned..aligned + bytes].to_vec(), scales, zeros, counters));
+                }
+                let of = |codes: &[u8]| codes[aligned..aligned + bytes].to_vec();
+                all.push((of(&own), of(&codes), scales, zeros, fused, given));
+            }
+            assert!(all[0].5.n_clipped > 0, "{layout:?}");
+            assert!(all.windows(2).all(|pair| pair[0] == pair[1]), "{scheme} {mapping} {dtype} {layout:?}");
+        }
+    }
+}
+
+/// Zero points outside the codes and scales whose reciprocal is infinite: nothing that a path takes on by itself.
+#[test]
+fn extreme_parameters_give_the_reference() {
+    for (scheme, mapping) in SCHEMES {
+        for arith in [Arith::Div, Arith::Recip] {
+            let mut affine = Affine::new(scheme, Some(mapping)).expect("a combination of the table");
+            affine.arith = arith;
+            for granularity in Granularity::ALL {
+                let layout =
+                    Layout { rows: 3, k: 192, group: 64, granularity, pad_rows: false, packed: true };
+                let values: Vec<f32> = (0..576).map(|i| (i as f32 - 288.0) * 1e-3).collect();
+                let case = |policy| Case {
+                    layout,
+                    affine,
+                    policy,
+                    dtype: FloatType::F32,
+                    bytes: values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+                    cuts: vec![],
+                    shift: 0,
+                };
+                let case = case(OnNonFinite::Error);
+                let n = layout.n_params() as usize;
+                let scales: Vec<f32> = (0..n).map(|i| [1e-40, 1e-38, 1e-3, 3e38][i % 4]).collect();
+                let zeros: Vec<i32> = (0..n).map(|i| [0, 300, -300, 1][i % 4]).collect();
+                let given = Some((scales.as_slice(), zeros.as_slice()));
+                let want = reference::quantize(&case.input(), &layout, &affine, OnNonFinite::Error, given);
+                for kernels in Kernels::all() {
+                    let mut codes = vec![0xa5; layout.code_bytes(affine.bits) as usize];
+                    let got = kernels.encode(
+                        Values::from_f32(&values),
+                        0,
+                        &layout,
+                        &affine,
+                        OnNonFinite::Error,
+                        &scales,
+                        ZeroPoints::I32(&zeros),
+                        &mut codes,
+                        &mut Vec::new(),
+                    );
+                    let got = got.map(|counters| Quantized {
+                        codes,
+                        scales: scales.clone(),
+                        zero_points: zeros.clone(),
+                        counters,
+                        nulled: vec![],
+                    });
+                    assert_eq!(got, want, "{} {scheme} {mapping} {arith:?} {granularity}", kernels.name());
                 }
             }
-            assert!(
-                all.windows(2).all(|pair| pair[0] == pair[1]),
-                "{scheme} {mapping} {granularity} {group}"
-            );
         }
     }
 }

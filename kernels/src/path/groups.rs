@@ -1,30 +1,74 @@
-//! What the hand-written paths take on: runs of whole groups of f32 whose codes fill whole bytes.
+//! What the hand-written paths take on, straight from the source: runs of whole groups, and runs of columns.
 
+use crate::path::TileRange;
 use crate::scheme::Affine;
+use crate::values::Values;
 
-/// Group lengths must be multiples of it.
-pub(crate) const GROUP_UNIT: usize = 32;
+/// The functions of a path that has more than the portable loops. None of them takes f64 values.
+///
+/// They rely on lengths that [`crate::path::Kernels`] checks.
+pub(crate) struct Hand {
+    pub(crate) groups: unsafe fn(&mut Groups<'_>) -> Done,
+    pub(crate) columns: unsafe fn(&mut Columns<'_>) -> Option<u64>,
+    pub(crate) range: unsafe fn(Values<'_>) -> TileRange,
+    pub(crate) widen: unsafe fn(&mut Widen<'_>) -> bool,
+}
 
 /// Adjoining groups: values in, codes and parameters out. The lengths of `scales` and `zero_points` are the number
 /// of groups.
 pub(crate) struct Groups<'a> {
-    /// First value; unaligned, and readable for every group.
-    pub(crate) values: *const f32,
-    /// Values of one group, a multiple of [`GROUP_UNIT`].
+    pub(crate) values: Values<'a>,
+    /// Values of one group.
     pub(crate) len: usize,
-    /// `len * affine.bits / 8` bytes a group.
+    /// [`code_bytes`] a group.
     pub(crate) codes: &'a mut [u8],
     pub(crate) scales: &'a mut [f32],
+    /// Those that are given lie inside the codes.
     pub(crate) zero_points: &'a mut [i32],
+    /// Whether scales and zero points are read, not written.
+    pub(crate) given: bool,
     pub(crate) affine: &'a Affine,
+    /// Bits of one code where it lies: `affine.bits`, or 8.
+    pub(crate) stored: u8,
     /// Whether so much is written that it had better not pass through the cache.
     pub(crate) stream: bool,
 }
 
-/// How far a path came: it stops before a group with a non-finite value or a range that overflows.
+/// How far a path came: it stops before a group with a non-finite value or a range that overflows, and may have
+/// written any codes there.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Done {
     pub(crate) groups: usize,
     pub(crate) clipped: u64,
     pub(crate) degenerate: u64,
+}
+
+/// Bytes that the codes of a group take; what is left of the last one is 0.
+pub(crate) fn code_bytes(len: usize, stored: u8) -> usize {
+    (len * usize::from(stored)).div_ceil(8)
+}
+
+/// A part of a row whose every column has parameters of its own. The result is how many values were clipped, `None`
+/// where one is not finite, and then the codes are any.
+pub(crate) struct Columns<'a> {
+    pub(crate) values: Values<'a>,
+    /// [`code_bytes`] of them.
+    pub(crate) codes: &'a mut [u8],
+    /// One a value: scales, or their reciprocals where the arithmetic multiplies.
+    pub(crate) factors: &'a [f32],
+    /// One a value, inside the codes.
+    pub(crate) zero_points: &'a [i32],
+    pub(crate) affine: &'a Affine,
+    pub(crate) stored: u8,
+    pub(crate) stream: bool,
+}
+
+/// Ranges of columns, to be widened by a part of a row; left as they are where a value is not finite, which the
+/// result tells.
+pub(crate) struct Widen<'a> {
+    pub(crate) values: Values<'a>,
+    /// One a value.
+    pub(crate) min: &'a mut [f32],
+    /// One a value.
+    pub(crate) max: &'a mut [f32],
 }

@@ -3,13 +3,15 @@
 
 use std::sync::OnceLock;
 
-use crate::path::groups::{Done, GROUP_UNIT, Groups};
+use crate::metrics::Sums;
+use crate::path::groups::{Columns, Done, Groups, Hand, Widen, code_bytes};
 use crate::scheme::{Affine, Arith, Range};
 use crate::values::{FloatType, Values};
 
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has paths of its own so far"))]
 pub(crate) mod groups;
 mod portable;
+mod sums;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -24,6 +26,9 @@ fn detected() -> Vec<&'static Kernels> {
 
 /// Values that one load brings into a private buffer: 4 KiB of f32, a fraction of the L1 cache.
 pub(crate) const TILE: usize = 1024;
+
+/// Values of one domain that a path is given at once, straight from the source.
+pub(crate) const BLOCK: usize = 4096;
 
 /// Range of a tile, and whether it can be trusted.
 #[derive(Debug, Clone, Copy)]
@@ -60,16 +65,17 @@ type DecodeColumns = unsafe fn(&[u8], &mut [f32], &[f32], &[i32], bool);
 /// The functions of one instruction-set path. [`Kernels::best`] is what the free functions of this crate use.
 pub struct Kernels {
     name: &'static str,
-    groups: Option<unsafe fn(&mut Groups<'_>) -> Done>,
+    hand: Option<&'static Hand>,
     load: unsafe fn(*const u8, FloatType, &mut [f32]),
     range: unsafe fn(&[f32]) -> TileRange,
     encode: unsafe fn(&[f32], &mut [u8], &Step) -> u64,
     encode_columns: EncodeColumns,
-    merge_columns: unsafe fn(&[f32], &mut [Range]),
+    merge_columns: unsafe fn(&[f32], &mut [f32], &mut [f32]),
     decode: unsafe fn(&[u8], &mut [f32], f32, i32, bool),
     decode_columns: DecodeColumns,
     pack: unsafe fn(&[u8], &mut [u8], u8),
     unpack: unsafe fn(&[u8], &mut [u8], u8, bool),
+    sums: unsafe fn(&[f32], &[f32]) -> Sums,
 }
 
 /// Asks for the lines one page ahead of those about to be read: the hardware's own prefetchers stop at every page.
@@ -89,7 +95,7 @@ fn prefetch(from: *const u8, bytes: usize) {
 macro_rules! versions {
     ($($feature:literal)?) => {
         use crate::path::{Kernels, Step, TileRange, portable};
-        use crate::scheme::{Affine, Range};
+        use crate::scheme::Affine;
         use crate::values::FloatType;
 
         $(#[target_feature(enable = $feature)])?
@@ -136,8 +142,8 @@ macro_rules! versions {
         }
 
         $(#[target_feature(enable = $feature)])?
-        fn merge_columns(values: &[f32], ranges: &mut [Range]) {
-            portable::merge_columns(values, ranges);
+        fn merge_columns(values: &[f32], min: &mut [f32], max: &mut [f32]) {
+            portable::merge_columns(values, min, max);
         }
 
         $(#[target_feature(enable = $feature)])?
@@ -159,6 +165,11 @@ macro_rules! versions {
         fn unpack(bytes: &[u8], codes: &mut [u8], bits: u8, signed: bool) {
             portable::unpack(bytes, codes, bits, signed);
         }
+
+        $(#[target_feature(enable = $feature)])?
+        fn sums(x: &[f32], y: &[f32]) -> crate::metrics::Sums {
+            crate::path::sums::sum_block(x, y)
+        }
     };
 }
 pub(crate) use versions;
@@ -169,7 +180,7 @@ mod baseline {
 
     pub(super) static KERNELS: Kernels = Kernels {
         name: "portable",
-        groups: None,
+        hand: None,
         load,
         range,
         encode,
@@ -179,6 +190,7 @@ mod baseline {
         decode_columns,
         pack,
         unpack,
+        sums,
     };
 }
 
@@ -208,33 +220,51 @@ impl Kernels {
         unsafe { (self.load)(part.as_ptr(), part.dtype(), out) }
     }
 
-    /// Whether [`Kernels::groups`] takes on groups of this length.
-    pub(crate) fn takes_groups_of(&self, len: usize) -> bool {
-        self.groups.is_some() && len > 0 && len.is_multiple_of(GROUP_UNIT)
+    /// Whether there is more to this path than its loops, for values of a format.
+    pub(crate) fn takes(&self, dtype: FloatType) -> bool {
+        self.hand.is_some() && dtype != FloatType::F64
     }
 
-    /// Quantizes adjoining groups of f32. Stops before a group that needs a closer look.
-    #[allow(clippy::too_many_arguments, reason = "the parts of `Groups`, checked here")]
-    pub(crate) fn groups(
-        &self,
-        values: Values<'_>,
-        len: usize,
-        codes: &mut [u8],
-        scales: &mut [f32],
-        zero_points: &mut [i32],
-        affine: &Affine,
-        stream: bool,
-    ) -> Done {
-        let Some(run) = self.groups.filter(|_| self.takes_groups_of(len)) else { return Done::default() };
-        let n = scales.len();
-        assert!(
-            values.dtype() == FloatType::F32 && values.len() == n * len,
-            "{values:?}: {n} groups of {len}"
-        );
-        assert!(zero_points.len() == n && codes.len() == n * len * usize::from(affine.bits) / 8);
-        let values = values.as_ptr().cast();
+    /// Quantizes adjoining groups. Stops before a group that needs a closer look.
+    pub(crate) fn groups(&self, mut run: Groups<'_>) -> Done {
+        let Some(hand) = self.hand.filter(|_| run.len > 0) else { return Done::default() };
+        let n = run.scales.len();
+        assert!(run.values.len() == n * run.len, "{:?}: {n} groups of {}", run.values, run.len);
+        assert!(run.zero_points.len() == n && run.codes.len() == n * code_bytes(run.len, run.stored));
         // SAFETY: values and outputs were measured above; features were detected.
-        unsafe { run(&mut Groups { values, len, codes, scales, zero_points, affine, stream }) }
+        unsafe { (hand.groups)(&mut run) }
+    }
+
+    /// Encodes a part of a row; `None` where it needs a closer look.
+    pub(crate) fn columns(&self, mut run: Columns<'_>) -> Option<u64> {
+        let hand = self.hand?;
+        let n = run.values.len();
+        assert!(
+            run.factors.len() == n && run.zero_points.len() == n,
+            "{:?}: not as many columns",
+            run.values
+        );
+        assert!(run.codes.len() == code_bytes(n, run.stored));
+        // SAFETY: values and outputs were measured above; features were detected.
+        unsafe { (hand.columns)(&mut run) }
+    }
+
+    /// The range of values where they lie; not `finite` where they need a closer look.
+    pub(crate) fn range_of(&self, values: Values<'_>) -> TileRange {
+        match self.hand {
+            // SAFETY: features were detected.
+            Some(hand) => unsafe { (hand.range)(values) },
+            None => TileRange { range: Range::EMPTY, finite: false },
+        }
+    }
+
+    /// Widens the ranges of columns by a part of a row; `false`, with nothing done, where it needs a closer look.
+    pub(crate) fn widen(&self, mut run: Widen<'_>) -> bool {
+        let Some(hand) = self.hand else { return false };
+        let n = run.values.len();
+        assert!(run.min.len() == n && run.max.len() == n, "{:?}: not as many columns", run.values);
+        // SAFETY: values and ranges were measured above; features were detected.
+        unsafe { (hand.widen)(&mut run) }
     }
 
     pub(crate) fn range(&self, values: &[f32]) -> TileRange {
@@ -260,9 +290,9 @@ impl Kernels {
         unsafe { (self.encode_columns)(values, codes, scales, zero_points, affine) }
     }
 
-    pub(crate) fn merge_columns(&self, values: &[f32], ranges: &mut [Range]) {
+    pub(crate) fn merge_columns(&self, values: &[f32], min: &mut [f32], max: &mut [f32]) {
         // SAFETY: features were detected.
-        unsafe { (self.merge_columns)(values, ranges) }
+        unsafe { (self.merge_columns)(values, min, max) }
     }
 
     pub(crate) fn decode_tile(
@@ -297,6 +327,12 @@ impl Kernels {
     pub(crate) fn unpack_bytes(&self, bytes: &[u8], codes: &mut [u8], bits: u8, signed: bool) {
         // SAFETY: features were detected.
         unsafe { (self.unpack)(bytes, codes, bits, signed) }
+    }
+
+    /// Sums over as many values and decoded values, all finite; their number is left to the caller.
+    pub(crate) fn sums(&self, x: &[f32], y: &[f32]) -> Sums {
+        // SAFETY: features were detected.
+        unsafe { (self.sums)(x, y) }
     }
 }
 

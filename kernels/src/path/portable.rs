@@ -86,9 +86,10 @@ pub(super) fn encode_columns(
 
 /// Widens every column's range by a piece of a row.
 #[inline(always)]
-pub(super) fn merge_columns(values: &[f32], ranges: &mut [Range]) {
-    for (&v, range) in values.iter().zip(ranges) {
-        range.merge(Range { min: v, max: v });
+pub(super) fn merge_columns(values: &[f32], min: &mut [f32], max: &mut [f32]) {
+    for ((&v, min), max) in values.iter().zip(min).zip(max) {
+        *min = if v < *min { v } else { *min };
+        *max = if v > *max { v } else { *max };
     }
 }
 

@@ -1,4 +1,4 @@
-//! The x86-64 paths: the portable loops compiled for AVX2 and for AVX-512, and whole groups by hand.
+//! The x86-64 paths: the portable loops compiled for AVX2 and for AVX-512, and runs of groups and columns by hand.
 
 use crate::path::Kernels;
 
@@ -8,7 +8,10 @@ mod avx512;
 /// What this CPU can run, slowest first.
 pub(super) fn detected() -> Vec<&'static Kernels> {
     let mut found: Vec<&'static Kernels> = Vec::new();
-    if is_x86_feature_detected!("avx2") {
+    if is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("f16c")
+        && is_x86_feature_detected!("popcnt")
+    {
         found.push(&loops_avx2::KERNELS);
         if is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -22,11 +25,11 @@ pub(super) fn detected() -> Vec<&'static Kernels> {
 }
 
 mod loops_avx2 {
-    crate::path::versions!("avx2");
+    crate::path::versions!("avx2,f16c,popcnt");
 
     pub(super) static KERNELS: Kernels = Kernels {
         name: "avx2",
-        groups: Some(super::avx2::groups),
+        hand: Some(&super::avx2::HAND),
         load,
         range,
         encode,
@@ -36,15 +39,16 @@ mod loops_avx2 {
         decode_columns,
         pack,
         unpack,
+        sums,
     };
 }
 
 mod loops_avx512 {
-    crate::path::versions!("avx2,avx512f,avx512bw,avx512vl,avx512dq");
+    crate::path::versions!("avx2,avx512f,avx512bw,avx512vl,avx512dq,f16c,popcnt");
 
     pub(super) static KERNELS: Kernels = Kernels {
         name: "avx512",
-        groups: Some(super::avx512::groups),
+        hand: Some(&super::avx512::HAND),
         load,
         range,
         encode,
@@ -54,5 +58,6 @@ mod loops_avx512 {
         decode_columns,
         pack,
         unpack,
+        sums,
     };
 }

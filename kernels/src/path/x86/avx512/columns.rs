@@ -1,0 +1,125 @@
+//! Rows whose every column has parameters of its own.
+
+use std::arch::x86_64::*;
+
+use super::lanes::{
+    BF16, Clamp, F16, F32, finite, load_block, load64, prefetch, size, store, store_part, top_of, whole,
+};
+use crate::path::groups::{Columns, Widen};
+use crate::scheme::Arith;
+use crate::values::FloatType;
+
+/// Encodes a part of a row; the [`crate::path::Kernels`] entry.
+#[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
+pub(super) fn columns(run: &mut Columns<'_>) -> Option<u64> {
+    match run.values.dtype() {
+        FloatType::F32 => by_bits::<F32>(run),
+        FloatType::Bf16 => by_bits::<BF16>(run),
+        FloatType::F16 => by_bits::<F16>(run),
+        FloatType::F64 => None,
+    }
+}
+
+#[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
+fn by_bits<const D: u8>(run: &mut Columns<'_>) -> Option<u64> {
+    match run.stored {
+        8 => encode::<D, 8>(run),
+        4 => encode::<D, 4>(run),
+        _ => encode::<D, 2>(run),
+    }
+}
+
+#[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
+fn encode<const D: u8, const STORED: usize>(run: &mut Columns<'_>) -> Option<u64> {
+    let recip = run.affine.arith == Arith::Recip;
+    let n = run.factors.len();
+    let stream = run.stream && (run.codes.as_ptr() as usize).is_multiple_of(8 * STORED);
+    let none = _mm512_setzero_si512();
+    let mut clamp = Clamp::new(run.affine.qmin, run.affine.qmax);
+    let mut top = _mm512_setzero_si512();
+    let out = run.codes.as_mut_ptr();
+    let (factors, zeros) = (run.factors.as_ptr().cast::<u8>(), run.zero_points.as_ptr());
+    let mut at = 0;
+    // SAFETY: values, factors and zero points are `n` each, and `codes` has room for their codes.
+    unsafe {
+        while at + 64 <= n {
+            let place = run.values.as_ptr().add(at * size(D));
+            prefetch::<D>(place);
+            let x = load64::<D>(place);
+            let factor = load64::<F32>(factors.add(4 * at));
+            let mut codes = [none; 4];
+            for i in 0..4 {
+                top = top_of(top, x[i]);
+                codes[i] = code(x[i], factor[i], recip, _mm512_loadu_si512(zeros.add(at + 16 * i).cast()));
+            }
+            store::<STORED>(clamp.codes::<STORED>(codes, none), out.add(at * STORED / 8), stream);
+            at += 64;
+        }
+        if at < n {
+            let x = load_block::<D>(run.values.as_ptr().add(at * size(D)), n - at);
+            let factor = load_block::<F32>(factors.add(4 * at), n - at);
+            let zero = load_block::<F32>(zeros.add(at).cast(), n - at);
+            let mut codes = [none; 4];
+            for i in 0..4 {
+                top = top_of(top, x[i]);
+                // Where no column is, the factor is 0, and so be the code: it lies inside all bounds.
+                let used = _mm512_cmpneq_epi32_mask(_mm512_castps_si512(factor[i]), none);
+                let code = code(x[i], factor[i], recip, _mm512_castps_si512(zero[i]));
+                codes[i] = _mm512_maskz_mov_epi32(used, code);
+            }
+            store_part::<STORED>(clamp.codes::<STORED>(codes, none), n - at, out.add(at * STORED / 8));
+        }
+    }
+    if stream {
+        // Streaming stores are not ordered with whatever tells others that the codes are there.
+        _mm_sfence();
+    }
+    finite(top).then_some(clamp.clipped)
+}
+
+/// Sixteen codes, not clamped. Quotients are kept where adding a zero point cannot wrap.
+#[inline]
+#[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
+fn code(x: __m512, factor: __m512, recip: bool, zero: __m512i) -> __m512i {
+    let v = if recip { _mm512_mul_ps(x, factor) } else { _mm512_div_ps(x, factor) };
+    _mm512_add_epi32(whole(_mm512_max_ps(v, _mm512_set1_ps(-1e9))), zero)
+}
+
+/// Widens the ranges of columns; the [`crate::path::Kernels`] entry.
+#[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
+pub(super) fn widen(run: &mut Widen<'_>) -> bool {
+    match run.values.dtype() {
+        FloatType::F32 => merge::<F32>(run),
+        FloatType::Bf16 => merge::<BF16>(run),
+        FloatType::F16 => merge::<F16>(run),
+        FloatType::F64 => false,
+    }
+}
+
+#[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
+fn merge<const D: u8>(run: &mut Widen<'_>) -> bool {
+    let n = run.min.len().min(run.max.len());
+    let (min, max) = (run.min.as_mut_ptr(), run.max.as_mut_ptr());
+    // SAFETY: values and both ends of the ranges are `n` each; masked lanes are neither read nor written.
+    unsafe {
+        let mut top = _mm512_setzero_si512();
+        for at in (0..n).step_by(64) {
+            let place = run.values.as_ptr().add(at * size(D));
+            prefetch::<D>(place);
+            let x = if at + 64 <= n { load64::<D>(place) } else { load_block::<D>(place, n - at) };
+            top = top_of(top_of(top_of(top_of(top, x[0]), x[1]), x[2]), x[3]);
+        }
+        if !finite(top) {
+            return false;
+        }
+        for at in (0..n).step_by(16) {
+            let mask = if n - at < 16 { (1u16 << (n - at)) - 1 } else { u16::MAX };
+            let x = load_block::<D>(run.values.as_ptr().add(at * size(D)), (n - at).min(16))[0];
+            let less = _mm512_min_ps(x, _mm512_maskz_loadu_ps(mask, min.add(at)));
+            let more = _mm512_max_ps(x, _mm512_maskz_loadu_ps(mask, max.add(at)));
+            _mm512_mask_storeu_ps(min.add(at), mask, less);
+            _mm512_mask_storeu_ps(max.add(at), mask, more);
+        }
+    }
+    true
+}

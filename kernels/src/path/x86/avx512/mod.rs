@@ -1,0 +1,17 @@
+//! AVX-512 by hand, from unaligned source to packed codes without a tile between.
+//!
+//! Where another process writes to the source meanwhile, the codes are any codes: conversions and packs saturate and
+//! results are clamped or masked, so nothing else can come of it.
+
+mod columns;
+mod groups;
+mod lanes;
+
+use crate::path::groups::Hand;
+
+pub(super) static HAND: Hand = Hand {
+    groups: groups::groups,
+    columns: columns::columns,
+    range: groups::range_of,
+    widen: columns::widen,
+};
