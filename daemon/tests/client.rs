@@ -1,4 +1,5 @@
 //! The Rust client with a real daemon.
+#![allow(clippy::unwrap_used, reason = "a step that fails is how a test fails")]
 
 #[path = "../../protocol/tests/layers/mod.rs"]
 mod layers;

@@ -208,7 +208,8 @@ impl Session {
             return Err(unexpected(&link, &reply, "OPEN"));
         };
         let size = lease.segment_size;
-        let mapped = fds.last().map(|fd| Mapping::private_writable(fd.as_fd(), size, link.leases().backing()));
+        let mapped =
+            fds.last().map(|fd| Mapping::private_writable(fd.as_fd(), size, link.leases().backing()));
         // The reply came with one more hold, which goes back at once; a descriptor that was lost is asked for again with it.
         drop(link.hold(&lease, &mut fds, "", false, &mut short())?);
         match mapped {
