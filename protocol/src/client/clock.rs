@@ -7,7 +7,7 @@ use super::error::ClientError;
 /// How often a waiting call asks `interrupted`.
 const ASK: Duration = Duration::from_millis(50);
 /// The daemon keeps the deadline too, and its error says more: it gets this much longer to say it.
-const GRACE: Duration = Duration::from_millis(30);
+const GRACE: Duration = Duration::from_millis(250);
 
 /// Why a call has to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
