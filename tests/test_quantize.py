@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import duckdb
 import ml_dtypes
 import nanoarrow
@@ -14,13 +10,10 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
+
+import reference as ref
 import shmquant
 from shmquant import InvalidInputError
-
-reference_spec = importlib.util.spec_from_file_location("reference", Path(__file__).with_name("reference.py"))
-ref = importlib.util.module_from_spec(reference_spec)
-sys.modules["reference"] = ref
-reference_spec.loader.exec_module(ref)
 
 RNG = np.random.default_rng(7)
 SCHEMES = list(ref.RANGES)
@@ -111,7 +104,7 @@ def test_columns_that_are_not_quantized_come_back_from_the_callers_own_buffers(q
 def test_plain_columns_are_quantized_when_they_are_named(q):
     price = pa.array([1.0, None, -3.0, 0.5], pa.float64())
     r = q.quantize(pa.table({"price": price, "other": price}), columns=["price"])
-    assert r.table.column_names == ["price", "price_scale", "other"]
+    assert r.table.column_names == ["price", "price_scale", "price_zero_point", "other"]
     scale, _ = ref.params(np.array([1.0, -3.0, 0.5]), "int8")
     assert r.scales("price").tolist() == [float(scale)]
     assert r.table.column("price").null_count == 1
@@ -135,6 +128,7 @@ def sources() -> dict[str, object]:
     x = np.arange(24, dtype=np.float32).reshape(6, 4) - 10
     table = pa.table({"emb": fixed(x)})
     frame = pl.from_arrow(table)
+    duckdb_source = table  # noqa: F841 - duckdb finds it by name
     return {
         "pyarrow.Table": table,
         "pyarrow.Table in chunks": pa.concat_tables([table.slice(0, 2), table.slice(2, 1), table.slice(3)]),
@@ -152,7 +146,7 @@ def sources() -> dict[str, object]:
         "polars lists": frame.with_columns(pl.col("emb").arr.to_list()),
         "polars lazily": frame.lazy().collect(),
         "pandas": pd.DataFrame({"emb": list(x)}),
-        "duckdb": duckdb.sql("SELECT emb FROM table"),
+        "duckdb": duckdb.sql("SELECT emb FROM duckdb_source"),
         "nanoarrow": nanoarrow.Array(table.to_batches()[0]),
         "nanoarrow stream": nanoarrow.ArrayStream(table),
         "numpy": x,

@@ -12,7 +12,6 @@ use shmquant_kernels::Scheme;
 pub(crate) fn cli(py: Python<'_>, argv: Vec<OsString>, start: Vec<OsString>) -> i32 {
     let mut start = start.into_iter();
     let program = start.next().unwrap_or_else(|| "shmquant".into());
-    // Python's handler for SIGINT only sets a flag that nobody would look at in here. Restored by the process's end.
     py.detach(|| main_with(argv, start_command(program, start.collect())))
 }
 

@@ -75,4 +75,5 @@ def dequantize(
     source = read(table)
     if not isinstance(source, pa.Table):
         raise invalid("a dict has no codes to decode", "pass the table that quantize gave")
-    return _native.decode(source, None if names is None else list(names), dtype)
+    decoded = _native.decode(source, None if names is None else list(names), dtype)
+    return decoded if columns is None else decoded.select(list(columns))

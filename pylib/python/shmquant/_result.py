@@ -379,9 +379,9 @@ class QuantizedTable:
 
             text = self._meta(column)["params_b64"][where]
             return np.frombuffer(base64.b64decode(text), dtype="<f4")
-        values = self.table.column(where).combine_chunks()
-        if isinstance(values, pa.ChunkedArray):
-            values = values.chunk(0) if values.num_chunks else pa.array([], values.type)
+        column_of = self.table.column(where)
+        # combine_chunks() copies even a single chunk.
+        values = column_of.chunk(0) if column_of.num_chunks == 1 else _joined(column_of)
         if pa.types.is_dictionary(values.type):
             return values.dictionary.to_numpy(zero_copy_only=False)
         if pa.types.is_fixed_size_list(values.type):
@@ -399,6 +399,13 @@ def _numbers(np: Any, array: pa.Array) -> np.ndarray[Any, Any]:
     if data is None or not len(array):
         return np.empty(0, kind)
     return np.frombuffer(data, kind, len(array), array.offset * np.dtype(kind).itemsize)
+
+
+def _joined(column: pa.ChunkedArray) -> pa.Array:
+    joined = column.combine_chunks()
+    if isinstance(joined, pa.ChunkedArray):
+        joined = joined.chunk(0) if joined.num_chunks else pa.array([], joined.type)
+    return joined
 
 
 def _one_row(table: pa.Table, row: int) -> pa.RecordBatch:

@@ -15,7 +15,8 @@ IN_PROCESS = "inproc:"
 # Loads the extension from its file and nothing else: no site-packages, no pyarrow. What follows are its path
 # and the command's arguments.
 _LOADER = (
-    "import importlib.util as u, sys; "
+    "import importlib.util as u, signal, sys; "
+    "signal.signal(signal.SIGINT, signal.SIG_DFL); "
     "s = u.spec_from_file_location('shmquant._native', sys.argv[1]); "
     "m = u.module_from_spec(s); s.loader.exec_module(m); "
     "sys.exit(m.cli(['shmquant', *sys.argv[2:]], []))"
