@@ -2,15 +2,11 @@
 
 import array
 import base64
-import contextlib
 import json
 import math
 import mmap
 import os
-import random
-import socket
 import struct
-import subprocess
 import sys
 import uuid
 from pathlib import Path
@@ -19,14 +15,29 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import make_vectors
 import stdlib_descriptor as d
 import stdlib_messages as m
 from stdlib_arrow import ArrowFile
-from stdlib_client import Connection, Session
-
-WINDOW = 4 << 20
-TINY = 2.0**-126
+from stdlib_client import Session
+from stdlib_oracle import (
+    INT8_ROWS,
+    UINT4_GROUPS,
+    WINDOW,
+    asymmetric,
+    by_groups,
+    column_of,
+    encode,
+    error_of,
+    f32,
+    nibbles,
+    numbers,
+    params_id,
+    put,
+    quantize,
+    row_nibbles,
+    symmetric,
+    symmetric_codes,
+)
 
 
 @pytest.fixture
@@ -43,88 +54,6 @@ def lane(session):
     lane = session.lane(WINDOW)
     yield lane
     lane.close()
-
-
-def numbers(n, seed=1, code="f"):
-    """Values that differ in sign and size."""
-    raw = array.array("h", random.Random(seed).randbytes(2 * n))
-    return array.array(code, (v * abs(v) / 1e6 for v in raw))
-
-
-def f32(value):
-    """Round to the nearest float32."""
-    return struct.unpack("<f", struct.pack("<f", value))[0]
-
-
-def encode(values, scale, zero_point, low, high):
-    """Codes of one domain; array('f') rounds quotients to float32."""
-    lowest, highest = low - zero_point, high - zero_point
-    quotients = array.array("f", (v / scale for v in values))
-    return [zero_point + round(min(max(q, lowest), highest)) for q in quotients]
-
-
-def symmetric(values, low, high):
-    """Scale, zero point and codes of one domain, by the page of formulas."""
-    scale = f32(max(map(abs, values), default=0.0) / ((high - low) / 2))
-    scale = 1.0 if scale < TINY else scale
-    return scale, 0, encode(values, scale, 0, low, high)
-
-
-def asymmetric(values, low, high):
-    """The same with a zero point."""
-    smallest, largest = min(0.0, *values), max(0.0, *values)
-    scale = f32(f32(largest - smallest) / (high - low))
-    if scale < TINY:
-        return 1.0, 0, encode(values, 1.0, 0, low, high)
-    zero_point = min(max(low - round(f32(smallest / scale)), low), high)
-    return scale, zero_point, encode(values, scale, zero_point, low, high)
-
-
-def by_groups(values, k, group, method, low, high):
-    """Scales, zero points and codes of groups along rows."""
-    scales, zero_points, codes = [], [], []
-    for row in range(0, len(values), k):
-        for at in range(row, row + k, group):
-            s, z, q = method(values[at : min(at + group, row + k)], low, high)
-            scales.append(s)
-            zero_points.append(z)
-            codes += q
-    return scales, zero_points, codes
-
-
-def nibbles(codes):
-    """Pack pairs of four bits, the first one low, padded at the end."""
-    codes = [*codes, 0] if len(codes) % 2 else codes
-    return [a & 15 | (b & 15) << 4 for a, b in zip(codes[::2], codes[1::2], strict=True)]
-
-
-def row_nibbles(codes, k):
-    """Pack every row for itself."""
-    return [byte for at in range(0, len(codes), k) for byte in nibbles(codes[at : at + k])]
-
-
-def column_of(rows, k, spec, **more):
-    """A table of one vector column."""
-    return d.Descriptor(d.COLUMNS, [spec], rows, [d.Item(d.VECTOR, "emb", rows, k, **more)])
-
-
-INT8_ROWS = d.Spec(d.INT8)
-UINT4_GROUPS = d.Spec(d.UINT4, d.ASYMMETRIC, d.GROUP, packing=d.LSB, group_size=32)
-
-
-def quantize(lane, descriptor, *sources, **options):
-    """Quantize and read the file; `sources` has the streams of each item."""
-    lease, view, reports = lane.quantize(descriptor, sources, **options)
-    file = ArrowFile(view)
-    (batch,) = file.batches
-    return lease, file, batch, reports
-
-
-def error_of(call, *arguments, **options):
-    """The daemon's error."""
-    with pytest.raises(m.DaemonError) as caught:
-        call(*arguments, **options)
-    return caught.value
 
 
 # Results.
@@ -216,14 +145,6 @@ def test_given_parameters(lane):
     assert {dictionary.values()[i] for i in ids.values()} == {number}
 
 
-def params_id(packed):
-    """FNV-1a, 64 bits."""
-    number = 0xCBF29CE484222325
-    for byte in packed:
-        number = (number ^ byte) * 0x100000001B3 % 2**64
-    return number
-
-
 @pytest.mark.parametrize(("dtype", "code"), [(d.FLOAT16, "e"), (d.FLOAT64, "d"), (d.BFLOAT16, None)])
 def test_other_types_of_values(lane, dtype, code):
     exact = [v / 8 for v in range(-120, 120)]
@@ -297,15 +218,6 @@ def test_metrics(lane):
 # Leases and names.
 
 
-def put(lane, descriptor, values=b""):
-    """Write a descriptor, and values of one chunk, into the window; gives the fields of a QUANTIZE."""
-    raw = descriptor.encode()
-    lane.window[: len(raw)] = raw
-    at = d.ceil64(len(raw))
-    lane.window[at : at + len(values)] = bytes(values)
-    return {"descriptor": len(raw), "timeout": m.NO_TIMEOUT}
-
-
 def test_a_result_is_read_only_and_cannot_be_resized(lane):
     values = numbers(64).tobytes()
     fields = put(lane, column_of(4, 16, INT8_ROWS), values)
@@ -336,11 +248,6 @@ def test_a_segments_descriptor_comes_once(session, lane):
     assert second["extent"]["generation"] > first["extent"]["generation"]
     assert not second["flags"] & m.LEASE_FD
     assert list(ArrowFile(view).batches[0]["emb"].values()) == symmetric_codes(values, 16)
-
-
-def symmetric_codes(values, k):
-    """Codes of int8 rows."""
-    return by_groups(values, k, k, symmetric, -127, 127)[2]
 
 
 def test_an_old_generation_is_gone(session, lane):
@@ -380,6 +287,18 @@ def test_tainted_memory_is_not_used_again_and_is_unmapped(session, lane):
     assert second["extent"]["segment"] != first["extent"]["segment"]
     session.ping()
     assert first["extent"]["segment"] not in session.segments, "UNMAP was heard"
+
+
+def test_an_unmap_unasked_makes_the_descriptor_come_again(session, lane):
+    descriptor, values = column_of(4, 16, INT8_ROWS), numbers(64)
+    first, view, _ = lane.quantize(descriptor, [[values]])
+    del view
+    session.release(first)
+    session.notice("UNMAP", 0, {"segment": first["extent"]["segment"]})
+    session.ping()
+    second, view, _ = lane.quantize(descriptor, [[values]])
+    assert second["flags"] & m.LEASE_FD
+    assert list(ArrowFile(view).batches[0]["emb"].values()) == symmetric_codes(values, 16)
 
 
 def kept_table(values, texts):
@@ -489,242 +408,16 @@ def test_what_the_daemon_says_of_itself(session, lane):
     lane.call("PING")
 
 
-# Faults.
-
-
-def test_a_nan_is_named(lane):
-    values = numbers(30 * 16)
-    values[7 * 16 + 5], values[7 * 16 + 9], values[20 * 16] = math.nan, math.inf, -math.inf
-    error = error_of(lane.quantize, column_of(30, 16, INT8_ROWS), [[values]])
-    assert error.code == "INVALID_INPUT"
-    assert (error.column, error.row, error.index) == ("emb", 7, 5)
-    assert error.count == 3 and math.isnan(error.value)
-    assert "'emb'" in error.message and "row 7" in error.message and "on_nonfinite" in error.hint
-    # The lane goes on.
-    lane.quantize(column_of(2, 16, INT8_ROWS), [[numbers(32)]])
-
-
-@pytest.mark.parametrize(
-    ("change", "code"),
-    [
-        ({"scheme": 99}, "UNSUPPORTED"),
-        ({"granularity": 9}, "PROTOCOL"),
-        ({"granularity": d.GROUP, "group_size": 0}, "PROTOCOL"),
-    ],
-)
-def test_a_spec_that_makes_no_sense(lane, change, code):
-    spec = d.Spec(**{"scheme": d.INT8, **change})
-    fields = put(lane, column_of(4, 16, spec))
-    error = error_of(lane.call, "QUANTIZE", ready=0, **fields)
-    assert error.code == code and error.message
-    if code == "PROTOCOL":
-        closed(lane)
-    else:
-        lane.call("PING")
-
-
-def closed(connection):
-    """The daemon has closed the connection, and said no more."""
-    with pytest.raises(ConnectionError):
-        connection.receive()
-
-
-REFUSED = [pair for pair in make_vectors.REFUSED if pair[1]]
-
-
-@pytest.mark.parametrize(("what", "raw"), REFUSED, ids=[what for what, _ in REFUSED])
-def test_a_bad_frame_ends_the_connection(address, what, raw):
-    session = Session(address)
-    session.socket.send(raw)
-    name, _, fields, _ = session.receive()
-    assert name == "ERROR"
-    assert m.CODES[fields["code"]] == ("VERSION" if "version" in what else "PROTOCOL")
-    assert fields["message"]
-    closed(session)
-
-
-def test_a_frame_that_is_too_long_ends_the_connection(address):
-    session = Session(address)
-    session.socket.send(m.frame(16, 1, b"", bytes(m.MAX_FRAME - 15)))
-    assert error_of(session.answer, 0).code == "PROTOCOL"
-    closed(session)
-
-
-def test_what_was_said_survives_a_reset(address):
-    session = Session(address)
-    # The daemon closes after the first one, with the others unread.
-    session.socket.setblocking(False)
-    with contextlib.suppress(BrokenPipeError, BlockingIOError):
-        for _ in range(50):
-            session.ask("HELLO")
-    session.socket.settimeout(30)
-    assert error_of(session.answer, 2).code == "PROTOCOL"
-    closed(session)
-
-
-def test_descriptors_that_nobody_asked_for_are_closed(session):
-    session.ping()
-    before = json.loads(session.stat())["fds"]
-    read, write = os.pipe()
-    for _ in range(40):
-        session.requests += 1
-        frame = m.encode("PING", session.requests)
-        socket.send_fds(session.socket, [frame], [write] * m.MAX_FDS)
-        session.answer(session.requests)
-    os.close(write)
-    assert os.read(read, 1) == b"", "no copy of the other end is left"
-    os.close(read)
-    assert json.loads(session.stat())["fds"] < before + 40
-
-
-def test_who_does_not_read_is_disconnected(address):
-    session = Session(address)
-    with pytest.raises((BrokenPipeError, ConnectionResetError)):
-        while True:
-            session.ask("STAT")
-    Session(address).ping()
-
-
-def test_an_unmap_unasked_makes_the_descriptor_come_again(session, lane):
-    descriptor, values = column_of(4, 16, INT8_ROWS), numbers(64)
-    first, view, _ = lane.quantize(descriptor, [[values]])
-    del view
-    session.release(first)
-    session.notice("UNMAP", 0, {"segment": first["extent"]["segment"]})
-    session.ping()
-    second, view, _ = lane.quantize(descriptor, [[values]])
-    assert second["flags"] & m.LEASE_FD
-    assert list(ArrowFile(view).batches[0]["emb"].values()) == symmetric_codes(values, 16)
-
-
-JOIN = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from stdlib_client import Connection
-from stdlib_messages import DaemonError
-try:
-    Connection(sys.argv[2]).call("JOIN", session=int(sys.argv[3]), token=bytes.fromhex(sys.argv[4]))
-except DaemonError as error:
-    print(error.code)
-"""
-
-
-def test_only_the_sessions_process_joins(address, session):
-    token, number = session.hello["token"], session.hello["session"]
-    connection = Connection(address)
-    assert error_of(connection.call, "JOIN", session=number, token=bytes(16)).code == "PROTOCOL"
-    closed(connection)
-    arguments = [str(Path(__file__).parent), address, str(number), token.hex()]
-    ran = subprocess.run([sys.executable, "-c", JOIN, *arguments], capture_output=True, text=True, timeout=60)
-    assert ran.stdout == "PROTOCOL\n", ran.stderr
-
-
-def test_a_longer_fixed_part_is_understood(address):
-    connection = Connection(address)
-    connection.socket.send(m.frame(1, 1, struct.pack("<IIQ", 7, 0, 99), m.string("of later")))
-    name, request, fields, _ = connection.receive()
-    assert (name, request) == ("HELLO reply", 1) and fields["session"]
-    connection.close()
-
-
-@pytest.mark.parametrize(
-    "first", [("PING", {}), ("QUANTIZE", {}), ("BYE", {}), ("JOIN", {"session": 1, "token": bytes(16)})]
-)
-def test_a_connection_begins_with_hello_or_a_good_join(address, first):
-    connection = Connection(address)
-    assert error_of(connection.call, first[0], **first[1]).code == "PROTOCOL"
-    closed(connection)
-
-
-@pytest.mark.parametrize("name", ["HELLO", "JOIN", "QUANTIZE", "WROTE", "CONSUMED", "PING reply"])
-def test_what_has_no_place_on_a_primary(session, name):
-    assert error_of(session.call, name).code == "PROTOCOL"
-    closed(session)
-
-
-@pytest.mark.parametrize("name", ["HELLO", "JOIN", "BYE", "CONSUMED"])
-def test_what_has_no_place_on_a_lane(session, lane, name):
-    assert error_of(lane.call, name).code == "PROTOCOL"
-    closed(lane)
-    session.ping()
-
-
-@pytest.mark.parametrize(
-    ("first", "second"), [(0, 5), (1, 0), (0, 0xFFFF_FFFF)], ids=["too many", "backwards", "far too many"]
-)
-def test_a_watermark_that_cannot_be(session, lane, first, second):
-    fields = put(lane, column_of(4, 400_000, INT8_ROWS))
-    chunks = len(d.cut(column_of(4, 400_000, INT8_ROWS)))
-    request = lane.ask("QUANTIZE", ready=first, **fields)
-    lane.send("WROTE", request, chunks=second + chunks if second == 5 else second)
-    assert error_of(lane.answer, request).code == "PROTOCOL"
-    closed(lane)
-    session.ping()
-
-
-def test_one_request_at_a_time(session, lane):
-    fields = put(lane, column_of(4, 400_000, INT8_ROWS))
-    request = lane.ask("QUANTIZE", ready=0, **fields)
-    lane.ask("PING")
-    assert error_of(lane.answer, request).code == "PROTOCOL"
-    closed(lane)
-    session.ping()
-
-
-@pytest.mark.parametrize("on", ["lane", "primary"])
-def test_cancelling(session, lane, on):
-    fields = put(lane, column_of(4, 400_000, INT8_ROWS))
-    request = lane.ask("QUANTIZE", ready=0, **fields)
-    (lane if on == "lane" else session).send("CANCEL", **{"lane": lane.lane, "request": request})
-    assert error_of(lane.answer, request).code == "CANCELLED"
-    lane.send("WROTE", request, chunks=1)
-    lane.quantize(column_of(2, 16, INT8_ROWS), [[numbers(32)]])
-
-
-def test_a_lane_that_ends_takes_its_request_along(session):
+def test_posix_segments(serve):
+    session = Session(serve("--backing", "posix", "--no-poll", "--workers", "3").address)
+    assert session.hello["backing"] == 1
     lane = session.lane(WINDOW)
-    lane.ask("QUANTIZE", ready=0, **put(lane, column_of(4, 400_000, INT8_ROWS)))
-    lane.close()
-    other = session.lane(WINDOW)
-    other.quantize(column_of(2, 16, INT8_ROWS), [[numbers(32)]])
-    other.close()
-
-
-def test_a_window_has_limits(session):
-    small = session.lane(1)
-    assert small.size == WINDOW
-    small.close()
-    error = error_of(session.lane, session.hello["max_window"] + 1)
-    assert error.code == "LIMIT" and str(session.hello["max_window"]) in error.message
-    session.ping()
-
-
-def test_a_descriptor_has_limits(lane):
-    error = error_of(lane.call, "QUANTIZE", descriptor=WINDOW // 4 + 1, timeout=m.NO_TIMEOUT)
-    assert error.code == "LIMIT"
-    assert error_of(lane.call, "QUANTIZE", descriptor=2**63, timeout=m.NO_TIMEOUT).code == "LIMIT"
-    assert error_of(lane.call, "QUANTIZE", descriptor=0, timeout=m.NO_TIMEOUT).code == "PROTOCOL"
-
-
-def test_a_session_ends_with_its_primary(session, lane):
+    values = numbers(20_000 * 64)
+    lease, _, batch, _ = quantize(lane, column_of(20_000, 64, INT8_ROWS), [values])
+    assert lane.consumed_notices > 0
+    assert list(batch["emb"].values()[-6400:]) == symmetric_codes(values[-6400:], 64)
+    reply, (fd,) = session.call("OPEN", kind=m.OPEN_AGAIN, extent=lease["extent"])
+    with pytest.raises(PermissionError):
+        mmap.mmap(fd, reply["lease"]["segment_size"])
+    os.close(fd)
     session.bye()
-    closed(lane)
-
-
-# Vectors.
-
-
-def test_the_vectors_are_what_the_page_says():
-    for name, text in make_vectors.files().items():
-        assert (make_vectors.FOLDER / name).read_text(encoding="utf-8") == text, "run tests/make_vectors.py"
-
-
-@pytest.mark.parametrize("name", sorted(m.TYPES))
-def test_every_message_comes_back(name):
-    fields = [values for each, _, values in make_vectors.MESSAGES if each == name]
-    assert fields
-    for values in fields:
-        raw = m.encode(name, 3, **values)
-        again, request, decoded = m.decode(raw)
-        assert (again, request) == (name, 3)
-        assert m.encode(name, 3, **decoded) == raw
