@@ -178,7 +178,9 @@ fn errors(w: &mut Writer<'_>, job: &Job, column: &Binary, rows: &[Row<'_>]) -> R
             let item = descriptor.items.get(r.index)?;
             debug_assert!(matches!(item.body, Body::Values(_)));
             let mut text = fault::failure(r.index, item, r.values, fault, *count).message;
-            text.truncate(text.floor_char_boundary(error_cap(descriptor, r.name)));
+            while text.len() > error_cap(descriptor, r.name) {
+                text.pop();
+            }
             Some(text)
         })
         .collect();

@@ -214,7 +214,6 @@ impl Job {
             found.sums = measure(values, first, layout, &affine, scales, zeros, parts.codes, target.policy);
         }
         state.null_rows(layout.rows, &nulled);
-        drop(parts);
         if target.scales.is_none() {
             let zeros = match own_zeros.is_empty() {
                 true => vec![0; n],

@@ -251,11 +251,10 @@ fn sizes(name: &str, values: &Values, spec: &Spec, affine: &Affine) -> Result<(L
         let what = format!("a group of {} values passes 2^31", spec.group_size);
         return Err(refuse(ErrorCode::Unsupported, name, &what));
     }
-    if let (false, Some(params)) = (is_asymmetric(affine), &values.params) {
-        if let Some(zero) = params.zero_points.iter().find(|z| **z != 0) {
-            let what = format!("a zero point of {zero} was given for a symmetric scheme, which stores none");
-            return Err(refuse(ErrorCode::InvalidInput, name, &what));
-        }
+    let given = values.params.as_ref().filter(|_| !is_asymmetric(affine));
+    if let Some(zero) = given.and_then(|p| p.zero_points.iter().find(|z| **z != 0)) {
+        let what = format!("a zero point of {zero} was given for a symmetric scheme, which stores none");
+        return Err(refuse(ErrorCode::InvalidInput, name, &what));
     }
     let shares_rows = matches!(spec.granularity, Granularity::Tensor | Granularity::Dimension);
     let in_a_chunk = CHUNK_BYTES / values.dtype.size() as u64;

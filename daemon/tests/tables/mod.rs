@@ -1,6 +1,7 @@
 //! Requests made by hand and carried out without a daemon: window and result are private memory.
 #![allow(dead_code, reason = "each test file uses its part")]
 #![allow(unsafe_code, reason = "stands in for mapped segments")]
+#![allow(clippy::expect_used, clippy::panic, reason = "a failed expectation is how a test reports")]
 
 use std::cell::UnsafeCell;
 use std::io::Cursor;
@@ -15,7 +16,7 @@ use shmquant_daemon::engine::Work;
 use shmquant_daemon::job::Job;
 use shmquant_daemon::memory::Memory;
 use shmquant_daemon::plan::Plan;
-use shmquant_kernels::{Affine, FloatType, Granularity, OnNonFinite, Scheme};
+use shmquant_kernels::{Affine, FloatType, Granularity, Layout, OnNonFinite, Scheme, ZeroPointsMut, fused};
 use shmquant_protocol::chunks::{Action, Chunk, ChunkList};
 use shmquant_protocol::descriptor::{Body, Descriptor, Item, Role, Spec, TableKind, Values};
 use shmquant_protocol::field::NodeData;
@@ -126,6 +127,7 @@ impl Table {
         self.push(name, spec, values, vec![Vec::new(), bytes]);
     }
 
+    #[allow(clippy::too_many_arguments, reason = "what a column consists of")]
     /// Adds a vector column (or a plain one if `role` says so) with an optional validity bitmap.
     pub(crate) fn column(
         &mut self,
@@ -337,6 +339,36 @@ pub(crate) fn spec(scheme: Scheme, granularity: Granularity, group_size: u32) ->
         on_nonfinite: OnNonFinite::Error,
         packed: scheme.bits() < 8 && granularity != Granularity::Tensor,
         group_size,
+    }
+}
+
+/// Codes, scales and zero points of a whole item at once.
+pub(crate) fn expected(
+    bytes: &[u8],
+    dtype: FloatType,
+    layout: &Layout,
+    affine: &Affine,
+    policy: OnNonFinite,
+) -> (Vec<u8>, Vec<f32>, Vec<f32>) {
+    let sizes = layout.sizes(affine.bits).expect("a possible layout");
+    let mut codes = vec![0; sizes.code_bytes as usize];
+    let mut scales = vec![0.0; sizes.params as usize];
+    let mut zeros = vec![0.0; sizes.params as usize];
+    let values = shmquant_kernels::Values::from_bytes(bytes, dtype);
+    let out = ZeroPointsMut::F32(&mut zeros);
+    fused(values, 0, layout, affine, policy, &mut codes, &mut scales, out, &mut Vec::new())
+        .expect("good values");
+    (codes, scales, zeros)
+}
+
+pub(crate) fn layout(rows: u64, k: u64, spec: &Spec, pad_rows: bool) -> Layout {
+    Layout {
+        rows,
+        k,
+        group: u64::from(spec.group_size),
+        granularity: spec.granularity,
+        pad_rows,
+        packed: spec.packed,
     }
 }
 
