@@ -1,0 +1,155 @@
+"""Instructions per value of the hot kernels, counted by callgrind and held against those in figures.json.
+
+Instructions do not depend on what else the machine does, so this can be a gate where times cannot. Figures
+belong to one compiler: another one makes other code. Callgrind runs what valgrind's own CPU has, which is AVX2
+and, up to valgrind 3.19 at least, not AVX-512: each figure says which path it is of, and paths that are not
+counted are named.
+
+``python benches/gate/gate.py`` compares, ``--update`` writes the figures anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FIGURES = Path(__file__).with_name("figures.json")
+# Code of the same compiler differs a little with where buffers lie.
+ALLOWED = 0.02
+
+
+class Unable(Exception):
+    """Instructions cannot be counted here, or not be compared; the reason."""
+
+
+@dataclass
+class Counted:
+    """Instructions per value by path and case, and the paths of this machine that valgrind cannot run."""
+
+    compiler: str
+    figures: dict[str, dict[str, float]]
+    not_counted: list[str]
+
+
+def run(*command: str | Path) -> str:
+    """What a command prints; its errors are passed on."""
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}\n{done.stderr}")
+    return done.stdout
+
+
+def compiler() -> str:
+    """The compiler and the machine that it writes for."""
+    lines = dict(line.split(": ", 1) for line in run("rustc", "-vV").splitlines() if ": " in line)
+    return f"rustc {lines['release']} {lines['host']}"
+
+
+def build() -> Path:
+    """The program that runs one kernel, in the profile that is shipped."""
+    messages = run(
+        "cargo", "build", "--quiet", "--release", "--locked", "-p", "shmquant-kernels",
+        "--example", "gate", "--message-format", "json",
+    )  # fmt: skip
+    made = (json.loads(line) for line in messages.splitlines())
+    return next(
+        Path(message["executable"])
+        for message in made
+        if message.get("executable") and message["target"]["name"] == "gate"
+    )
+
+
+def listed(output: str) -> list[tuple[str, str, int]]:
+    """Path, case and number of values of each line."""
+    rows = (line.split("\t") for line in output.splitlines())
+    return [(path, case, int(values)) for path, case, values in rows]
+
+
+def count(program: Path, path: str, case: str) -> int:
+    """Instructions inside the kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+        run(
+            "valgrind", "--tool=callgrind", f"--callgrind-out-file={out}",
+            "--toggle-collect=*counted_kernel*", program, path, case,
+        )  # fmt: skip
+        totals = next(line for line in out.read_text().splitlines() if line.startswith("totals:"))
+    return int(totals.split()[1])
+
+
+def measure() -> Counted:
+    """Counts every case on every path that valgrind can run."""
+    for tool in ("valgrind", "cargo", "rustc"):
+        if shutil.which(tool) is None:
+            raise Unable(f"{tool} is not installed")
+    program = build()
+    here = listed(run(program))
+    cases = listed(run("valgrind", "--quiet", "--tool=none", program))
+    figures: dict[str, dict[str, float]] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        counts = pool.map(lambda row: count(program, row[0], row[1]), cases)
+        for (path, case, values), instructions in zip(cases, counts, strict=True):
+            figures.setdefault(path, {})[case] = round(instructions / values, 4)
+    not_counted = sorted({path for path, _, _ in here} - set(figures))
+    return Counted(compiler(), figures, not_counted)
+
+
+def compare(figures: dict, counted: Counted) -> tuple[list[str], list[str]]:
+    """What is wrong, and what is only worth saying."""
+    if figures["compiler"] != counted.compiler:
+        raise Unable(f"the figures are of {figures['compiler']}, this is {counted.compiler}")
+    wrong, notes = [], []
+    kept = figures["instructions_per_value"]
+    for path in sorted(kept.keys() | counted.figures.keys()):
+        if path not in counted.figures or path not in kept:
+            notes.append(f"{path}: not compared, valgrind runs it only {'here' if path not in kept else 'there'}")
+            continue
+        before, now = kept[path], counted.figures[path]
+        for case in sorted(before.keys() | now.keys()):
+            if case not in before or case not in now:
+                wrong.append(f"{path} {case}: {'no figure kept' if case in now else 'no such case now'}")
+            elif now[case] > before[case] * (1 + ALLOWED):
+                wrong.append(f"{path} {case}: {now[case]} instructions a value, {before[case]} before")
+            elif now[case] < before[case] * (1 - ALLOWED):
+                notes.append(f"{path} {case}: {now[case]} instructions a value, {before[case]} before")
+    return wrong, notes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--update", action="store_true", help="write the figures anew")
+    options = parser.parse_args()
+    try:
+        counted = measure()
+        if options.update:
+            kept = {
+                "compiler": counted.compiler,
+                "valgrind": run("valgrind", "--version").strip(),
+                "not_counted": counted.not_counted,
+                "instructions_per_value": counted.figures,
+            }
+            FIGURES.write_text(json.dumps(kept, indent=2) + "\n")
+            print(f"wrote {FIGURES.relative_to(ROOT)}: {', '.join(counted.figures)}")
+            return 0
+        wrong, notes = compare(json.loads(FIGURES.read_text()), counted)
+    except Unable as reason:
+        print(f"instructions are not compared: {reason}")
+        return 0
+    print(f"counted: {', '.join(counted.figures)}; not counted: {', '.join(counted.not_counted) or 'none'}")
+    print("\n".join(notes + wrong))
+    if wrong:
+        print("hint: `python benches/gate/gate.py --update` where the new figures are meant", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The hot kernels take no more instructions than they did; see benches/gate/gate.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parents[1] / "benches" / "gate" / "gate.py"
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("instruction_gate", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+gate = load()
+
+
+@pytest.mark.slow
+def test_kernels_take_no_more_instructions():
+    try:
+        counted = gate.measure()
+        wrong, notes = gate.compare(json.loads(gate.FIGURES.read_text()), counted)
+    except gate.Unable as reason:
+        pytest.skip(f"instructions are not compared: {reason}")
+    print("\n".join(notes))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_more_instructions_are_told():
+    figures = json.loads(gate.FIGURES.read_text())
+    kept = figures["instructions_per_value"]
+
+    def compared(factor: float):
+        paths = {path: {case: n * factor for case, n in cases.items()} for path, cases in kept.items()}
+        return gate.compare(figures, gate.Counted(figures["compiler"], paths, []))
+
+    cases = sum(len(cases) for cases in kept.values())
+    assert cases > 20
+    assert compared(1.01) == ([], [])
+    assert len(compared(1.03)[0]) == cases
+    assert len(compared(0.9)[1]) == cases
+    missing = gate.Counted(figures["compiler"], {"portable": {}, "avx1024": {"case": 1.0}}, [])
+    wrong, notes = gate.compare(figures, missing)
+    assert len(wrong) == len(kept["portable"])
+    assert any("avx1024" in note for note in notes)
+    other = gate.Counted("rustc 1.0.0 of another machine", kept, [])
+    with pytest.raises(gate.Unable, match="another machine"):
+        gate.compare(figures, other)
