@@ -264,6 +264,19 @@ impl Books {
         if named > 0 {
             let _ = write!(text, "; datasets take {}", size(named));
         }
+        // A client that is stopped, or does not read, keeps what it was asked to unmap.
+        let mut leaving = HashMap::<u64, u64>::new();
+        for entry in self.registry.iter().filter(|e| e.life.is_retired()) {
+            for session in &entry.mapped {
+                *leaving.entry(*session).or_default() += entry.size;
+            }
+        }
+        let most = leaving.into_iter().max_by_key(|(_, bytes)| *bytes);
+        if let Some((session, bytes)) = most
+            && let Some(account) = self.sessions.get(&session)
+        {
+            let _ = write!(text, "; process {} still has to unmap {}", account.session.pid, size(bytes));
+        }
         let hint = if count > 0 {
             format!("you hold {count} results, {}: release them", size(bytes))
         } else if named > 0 {

@@ -21,6 +21,8 @@ pub struct Daemon {
     hub: Arc<Hub>,
     listener: Option<Arc<Listener>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// The process it runs in: a forked child has none of its threads.
+    pid: u32,
     // After everything else: segments of this instance have an owner until here.
     _guard: Option<InstanceGuard>,
 }
@@ -70,7 +72,8 @@ impl Daemon {
         let engine = Engine::start(config.workers).map_err(DaemonError::io("starting the workers"))?;
         let (send, queue) = mpsc::channel();
         let hub = Arc::new(Hub::new(config, instance, engine, watch, send));
-        let daemon = Self { hub, listener, threads: Mutex::default(), _guard: guard };
+        let daemon =
+            Self { hub, listener, threads: Mutex::default(), pid: std::process::id(), _guard: guard };
         let reaper = reaper::start(queue, Arc::downgrade(&daemon.hub))
             .map_err(DaemonError::io("starting the reaper"))?;
         daemon.threads.lock().unwrap_or_else(PoisonError::into_inner).push(reaper);
@@ -81,15 +84,23 @@ impl Daemon {
 
     /// One end of a connection that this daemon serves.
     pub fn connect(&self) -> io::Result<OwnedFd> {
-        let (ours, theirs) = Connection::pair().map_err(io::Error::other)?;
-        if self.hub.is_stopping() {
-            return Err(io::Error::new(io::ErrorKind::ConnectionRefused, "the daemon has been stopped"));
+        let refused = |why| Err(io::Error::new(io::ErrorKind::ConnectionRefused, why));
+        if self.is_forked() {
+            return refused("the daemon runs in the process that this one was forked from");
         }
+        if self.hub.is_stopping() {
+            return refused("the daemon has been stopped");
+        }
+        let (ours, theirs) = Connection::pair().map_err(io::Error::other)?;
         server::spawn(&self.hub, ours);
         Ok(theirs.into())
     }
 
-    /// Runs until [`request_stop`](Self::request_stop), or until nobody has used it for
+    fn is_forked(&self) -> bool {
+        std::process::id() != self.pid
+    }
+
+    /// Runs until a [`Stopper`] is used, or until nobody has used it for
     /// `config.idle_exit`; then stops.
     pub fn run(self) {
         self.hub.wait_for_stop();
@@ -104,6 +115,10 @@ impl Daemon {
     /// Stops: refuses new work, gives running requests a moment, then ends all sessions and threads.
     /// What clients have mapped stays theirs until they unmap it.
     pub fn stop(&self) {
+        if self.is_forked() {
+            // Its threads are not here to be waited for, and its locks may be held by them for ever.
+            return;
+        }
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         if threads.is_empty() {
             return;
@@ -124,6 +139,12 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        if self.is_forked() {
+            // Nor may anything of it be taken down here: it belongs to the parent.
+            std::mem::forget(self.hub.clone());
+            std::mem::forget((self.listener.take(), self._guard.take()));
+            return;
+        }
         self.stop();
     }
 }

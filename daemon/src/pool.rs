@@ -85,7 +85,7 @@ mod tests {
         }
         for bytes in [1, 65_537, 1 << 20, (1 << 30) + 1, 12_345_678_901] {
             let class = class_of(bytes).unwrap();
-            assert!(class >= bytes && class % 4096 == 0, "{bytes} {class}");
+            assert!(class >= bytes && class.is_multiple_of(4096), "{bytes} {class}");
             assert!(class == SMALLEST || class - bytes <= bytes / 4, "{bytes} {class}");
         }
         assert_eq!(class_of(u64::MAX), None);

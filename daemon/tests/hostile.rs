@@ -1,4 +1,5 @@
 //! Clients that break the protocol, go silent or ask for too much: an error, the end, and nothing left.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed expectation is how a test reports")]
 
 mod raw;
 

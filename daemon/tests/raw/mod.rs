@@ -1,5 +1,6 @@
 //! A minimal client on the protocol crate's frames: nothing between a test and what goes over the socket.
 #![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed expectation is how a test reports")]
 #![allow(unsafe_code, reason = "values are copied into a window, results read where they lie")]
 
 use std::collections::{HashMap, VecDeque};
