@@ -8,6 +8,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
+use shmquant_protocol::failpoint::failpoint;
 use shmquant_protocol::message::{ErrorCode, Extent, Lease, Release};
 
 use crate::admission::Admission;
@@ -293,6 +294,7 @@ impl Books {
         if let Some(account) = self.sessions.get_mut(&session) {
             account.holds = account.holds.saturating_sub(1);
         }
+        failpoint("daemon.released");
         self.settle(release.segment);
     }
 
@@ -306,6 +308,7 @@ impl Books {
                 account.segments.remove(&id);
             }
             self.clean(id);
+            failpoint("daemon.unmapped");
         }
     }
 
@@ -314,6 +317,7 @@ impl Books {
         if let Some(entry) = self.registry.get_mut(id) {
             entry.reaped = true;
             self.clean(id);
+            failpoint("daemon.reaped");
         }
     }
 
@@ -337,6 +341,7 @@ impl Books {
             return;
         }
         account.pool.put(id, entry.size);
+        failpoint("daemon.recycled");
         let mut over = Vec::new();
         while account.pool.bytes() > cap
             && let Some((oldest, _)) = account.pool.take_oldest(Duration::ZERO)
@@ -369,6 +374,7 @@ impl Books {
         }
         self.counters.retired += 1;
         self.registry.note_leaving(size);
+        failpoint("daemon.retired");
     }
 
     /// Gives up everything, when the daemon stops.

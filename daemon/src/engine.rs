@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
+use shmquant_protocol::failpoint::failpoint;
+
 use crate::fpu;
 
 /// Chunked work. `run` never panics; faults are kept inside until `complete`.
@@ -253,7 +255,9 @@ impl Shared {
                 continue;
             };
             drop(queue);
+            failpoint("daemon.chunk_started");
             let fine = catch_unwind(AssertUnwindSafe(|| work.run(chunk))).is_ok();
+            failpoint("daemon.chunk_ended");
             drop(work);
             queue = self.lock();
             let Some(state) = queue.runs.get_mut(&id) else { continue };

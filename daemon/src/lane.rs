@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 use shmquant_protocol::chunks::MIN_WINDOW;
+use shmquant_protocol::failpoint::failpoint;
 use shmquant_protocol::message::{ErrorCode, Message};
 use shmquant_protocol::segment::Kind;
 use shmquant_protocol::socket::Connection;
@@ -86,6 +87,7 @@ pub(crate) fn serve(
         Err(trouble) => return port.refuse(request, trouble),
     };
     let mut end = End { hub, lane: &lane, window: None };
+    failpoint("daemon.lane_entered");
     let window = match make_window(hub, &lane, port, request, join.window) {
         Ok(window) => window,
         Err(trouble) => return port.refuse(request, trouble),
@@ -93,6 +95,7 @@ pub(crate) fn serve(
     end.window = Some(window.id);
     let joined = Message::Joined { lane: lane.id, segment: window.id, generation: 1, size: window.size };
     port.send(request, &joined, Some(&window.memory))?;
+    failpoint("daemon.joined");
     fpu::no_flushing();
     let mut scratch = Vec::new();
     loop {
@@ -103,6 +106,7 @@ pub(crate) fn serve(
             Ok(Message::Wrote { .. } | Message::Cancel { .. }) => {}
             Ok(Message::Quantize(asked)) => {
                 hub.books().move_window(window.id, WindowLife::Submitted)?;
+                failpoint("daemon.quantize_received");
                 let mut current = Current::new(hub, &lane, port, request);
                 let answer = quantize::quantize(&mut current, &window, asked, &mut scratch);
                 hub.books().move_window(window.id, WindowLife::Writing)?;
@@ -161,6 +165,7 @@ fn make_window(
         return Err(Trouble::Lost);
     };
     let (id, memory) = hub.make_segment(Kind::Window, size)?;
+    failpoint("daemon.window_made");
     let mut books = hub.books();
     books.add_window(id, lane.session.id, memory.clone())?;
     growth.done(&mut books);
@@ -181,6 +186,8 @@ impl Drop for End<'_> {
         if let Some(window) = self.window {
             books.end_window(window);
         }
+        drop(books);
+        failpoint("daemon.lane_ended");
     }
 }
 
@@ -331,7 +338,10 @@ pub(crate) fn grow<'a>(
             verdict
         };
         match verdict {
-            Verdict::Granted => return Ok(Room::New(Growth { hub, bytes })),
+            Verdict::Granted => {
+                failpoint("daemon.admitted");
+                return Ok(Room::New(Growth { hub, bytes }));
+            }
             Verdict::Refused(failure) => return Err(Trouble::Refused(failure)),
             Verdict::Wait => {
                 let soon = Instant::now() + LOOK_AGAIN;

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use shmquant_protocol::descriptor::Descriptor;
+use shmquant_protocol::failpoint::failpoint;
 use shmquant_protocol::message::{ErrorCode, Message, NO_TIMEOUT, Naming, Quantize};
 use shmquant_protocol::segment::Kind;
 use shmquant_protocol::socket::SocketError;
@@ -51,7 +52,9 @@ pub(crate) fn quantize(
         ms => Some(Instant::now() + Duration::from_millis(u64::from(ms))),
     };
     let descriptor = read_descriptor(window, asked.descriptor, scratch)?;
+    failpoint("daemon.descriptor_copied");
     let plan = Arc::new(Plan::new(descriptor, asked.descriptor, window.size, hub.most_result())?);
+    failpoint("daemon.planned");
     current.chunks = plan.chunks().chunks.len();
     current.wrote(asked.ready)?;
 
@@ -73,7 +76,9 @@ pub(crate) fn quantize(
     let job = Job::new(plan.clone(), window.memory.clone(), filling.taken.memory.clone(), 0)?;
     let job = Arc::new(job);
     run(current, &plan, &job)?;
+    failpoint("daemon.completing");
     let complete = job.complete()?;
+    failpoint("daemon.file_written");
     let report = complete.report.len() as u64;
     if !copy_in(&*window.memory, &complete.report) || complete.length > filling.taken.memory.len() as u64 {
         tracing::error!(report, complete.length, "a job's report or file is longer than was planned");
@@ -84,6 +89,7 @@ pub(crate) fn quantize(
         return Err(Trouble::new(ErrorCode::Internal, "the result has no end", ""));
     };
     let granted = finish(current, filling, length, flight, asked.named)?;
+    failpoint("daemon.leased");
     Ok(Answer::leased(Message::Done { lease: granted.lease, report }, granted))
 }
 
@@ -143,6 +149,7 @@ fn reserve_name<'a>(
             let mut books = hub.books();
             match books.catalog.reserve(&naming.name, fingerprint, naming.replace) {
                 Found::Mine => {
+                    failpoint("daemon.name_reserved");
                     return Ok(Reserved::Mine(Flight { hub, name: naming.name.clone(), fingerprint }));
                 }
                 Found::Taken => return Err(name_exists(&naming.name)),
@@ -188,6 +195,7 @@ impl Drop for Filling<'_> {
     fn drop(&mut self) {
         if self.armed {
             self.hub.books().abort(self.taken.id);
+            failpoint("daemon.aborted");
         }
     }
 }
@@ -209,6 +217,7 @@ fn allocate<'a>(
             Room::Own(taken) => taken,
             Room::New(growth) => {
                 let (id, memory) = hub.make_segment(Kind::Result, size)?;
+                failpoint("daemon.segment_made");
                 let mut books = hub.books();
                 let taken = books.add_result(id, session, memory)?;
                 growth.done(&mut books);
@@ -220,6 +229,7 @@ fn allocate<'a>(
     if filling.taken.recycled {
         poison(&*filling.taken.memory);
     }
+    failpoint("daemon.filling");
     Ok(filling)
 }
 
@@ -325,7 +335,7 @@ impl Observer for Flow {
         let mut frame = Vec::with_capacity(32);
         Message::Consumed { chunks: watermark as u32 }.encode(self.request, &mut frame);
         match self.lane.connection.send(&frame, &[]) {
-            Ok(()) | Err(SocketError::Closed) => {}
+            Ok(()) | Err(SocketError::Closed) => failpoint("daemon.consumed_sent"),
             Err(error) => {
                 tracing::warn!(session = self.lane.session.id, "a lane is disconnected: {error}");
                 self.lane.connection.shutdown();
@@ -354,6 +364,7 @@ fn finish(
     let id = filling.taken.id;
     books.complete(id, length)?;
     filling.armed = false;
+    failpoint("daemon.completed");
     let granted = books.lease(session.id, id);
     let mut granted = match granted {
         Ok(granted) => granted,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use shmquant_protocol::failpoint::failpoint;
 use shmquant_protocol::message::{ErrorCode, Extent, Lease, Message, Target};
 use shmquant_protocol::socket::SocketError;
 
@@ -73,7 +74,10 @@ pub(crate) fn deliver(
         Ok(answer) => answer,
         Err(trouble) => return port.refuse(request, trouble),
     };
-    let Err(error) = port.send(request, &answer.message, answer.memory.as_deref()) else { return Ok(()) };
+    let Err(error) = port.send(request, &answer.message, answer.memory.as_deref()) else {
+        failpoint("daemon.reply_sent");
+        return Ok(());
+    };
     if let Some(lease) = &answer.lease {
         hub.books().unlease(session.id, lease);
     }
@@ -96,6 +100,7 @@ fn answer(hub: &Hub, session: &Session, message: Message) -> Result<Answer, Trou
     match message {
         Message::Open(target) => {
             let (granted, name) = hub.books().open(session.id, target)?;
+            failpoint("daemon.opened");
             let message = Message::Opened { lease: granted.lease, name };
             Ok(Answer::leased(message, granted))
         }
@@ -103,15 +108,18 @@ fn answer(hub: &Hub, session: &Session, message: Message) -> Result<Answer, Trou
             let mut secret = [0; 16];
             random(&mut secret)?;
             let ticket = hub.books().make_ticket(session.id, extent, secret)?;
+            failpoint("daemon.ticket_made");
             plain(Message::Ticketed { ticket, secret })
         }
         Message::Publish { extent, replace, name } => {
             let most = hub.config.max_datasets;
             hub.books().publish(session, extent, name, replace, None, most)?;
+            failpoint("daemon.published");
             plain(Message::Published)
         }
         Message::Drop { name } => {
             hub.books().drop_dataset(&name)?;
+            failpoint("daemon.dropped");
             plain(Message::Dropped)
         }
         Message::List { cursor, what } => plain(stat::list(hub, cursor, what)),

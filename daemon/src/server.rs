@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
+use shmquant_protocol::failpoint::failpoint;
 use shmquant_protocol::message::Message;
 use shmquant_protocol::socket::{Connection, Listener, SocketError};
 
@@ -76,10 +77,14 @@ fn greet(hub: &Arc<Hub>, connection: &Arc<Connection>) -> Result<(), Trouble> {
         tracing::warn!("a connection was refused: {error}");
         return Err(Trouble::Lost);
     }
+    failpoint("daemon.accepted");
     let mut port = Port::new(connection);
     let (request, message) = port.recv_within(GREETING)?;
     match message {
-        Ok(Message::Hello { .. }) => session::serve(hub, connection, &mut port, request),
+        Ok(Message::Hello { .. }) => {
+            failpoint("daemon.hello_received");
+            session::serve(hub, connection, &mut port, request)
+        }
         Ok(Message::Join { session, token, window }) => {
             lane::serve(hub, connection, &mut port, request, &Join { session, token, window })
         }

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use nix::sys::epoll::{EpollEvent, EpollFlags};
+use shmquant_protocol::failpoint::failpoint;
 use shmquant_protocol::message::{ErrorCode, MINOR, Message, Welcome};
 use shmquant_protocol::segment::Backing;
 use shmquant_protocol::socket::{Connection, SocketError};
@@ -44,7 +45,7 @@ impl Session {
         let mut frame = Vec::with_capacity(32);
         Message::Unmap { segment }.encode(0, &mut frame);
         match self.connection.send(&frame, &[]) {
-            Ok(()) | Err(SocketError::Closed) => {}
+            Ok(()) | Err(SocketError::Closed) => failpoint("daemon.unmap_sent"),
             Err(error) => {
                 tracing::warn!(session = self.id, pid = self.pid, "disconnected: {error}");
                 self.connection.shutdown();
@@ -65,6 +66,7 @@ pub(crate) fn serve(
         Err(trouble) => return port.refuse(request, trouble),
     };
     let _end = End { hub, session: session.id };
+    failpoint("daemon.session_opened");
     let welcome = Message::Welcome(Welcome {
         minor: MINOR,
         posix: hub.config.backing == Backing::Posix,
@@ -78,6 +80,7 @@ pub(crate) fn serve(
         version: env!("CARGO_PKG_VERSION").to_owned(),
     });
     port.send(request, &welcome, None)?;
+    failpoint("daemon.welcomed");
     loop {
         let (request, message) = port.recv(None)?;
         let message = match message {
@@ -160,6 +163,7 @@ impl Drop for End<'_> {
             };
             (lanes, books.end_session(self.session))
         };
+        failpoint("daemon.session_ended");
         for lane in lanes {
             lane.connection.shutdown();
             lane.wake.signal();
@@ -170,6 +174,7 @@ impl Drop for End<'_> {
                 books.forget(self.session, *id);
             }
         }
+        failpoint("daemon.session_forgotten");
         tracing::info!(session = self.session, segments = segments.len(), "session ended");
     }
 }

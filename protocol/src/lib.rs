@@ -6,6 +6,7 @@ pub mod chunks;
 pub mod client;
 pub mod decode;
 pub mod descriptor;
+pub mod failpoint;
 pub mod field;
 pub mod files;
 pub mod fit;

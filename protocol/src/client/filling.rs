@@ -10,6 +10,7 @@ use super::leases::lock;
 use super::source::Source;
 use super::window::Window;
 use crate::chunks::ChunkList;
+use crate::failpoint::failpoint;
 
 /// Bytes that a thread takes at a time: several small chunks, or one large one.
 const RUN: u64 = 256 << 10;
@@ -152,6 +153,7 @@ impl<'a> Filling<'a> {
             // which the daemon has yet to consume) disjoint places.
             if let Some(part) = unsafe { self.window.part(chunk.at, chunk.bytes) } {
                 self.source.fill(chunk, part);
+                failpoint("client.chunk_filled");
             }
         }
     }

@@ -10,6 +10,7 @@ use super::leases::lock;
 use super::session::Link;
 use super::window::Window;
 use crate::chunks::MIN_WINDOW;
+use crate::failpoint::failpoint;
 use crate::message::{ErrorCode, Message};
 use crate::socket::{Connection, MAX_FRAME, SocketError};
 
@@ -59,13 +60,16 @@ impl Lane {
             error => ClientError::lost(WHAT, error),
         };
         let connection = link.address().connect(limit).map_err(lost)?;
+        failpoint("client.lane_connected");
         let mut frame = Vec::new();
         let (session, token) = (link.welcome().session, link.welcome().token);
         Message::Join { session, token, window }.encode(1, &mut frame);
         connection.send_until(&frame, &[], Some(limit)).map_err(lost)?;
+        failpoint("client.join_sent");
         let (mut buffer, mut fds) = (vec![0; MAX_FRAME], Vec::new());
         let received = connection.recv_spin(&mut buffer, &mut fds, Duration::ZERO, Some(limit));
         let len = received.map_err(lost)?.len;
+        failpoint("client.join_received");
         let (_, message) = Message::decode(&buffer[..len]).map_err(|e| ClientError::broken(&e))?;
         let (id, size) = match message {
             Message::Joined { lane, size, .. } => (lane, size),
@@ -82,9 +86,20 @@ impl Lane {
             return Err(ClientError::protocol(format!("lane {id} came with a window of {size} bytes")));
         };
         let window = Window::map(fd.as_fd(), size, link.leases().backing())?;
+        failpoint("client.window_mapped");
         let noted = link.descriptors().put(connection.as_fd().as_raw_fd());
         let wire = Wire { connection, lane: id, request: 1, fds, frame, buffer, noted };
         Ok(Self { wire, window, scratch: Vec::new() })
+    }
+
+    /// Writes the descriptor in [`scratch`](Self::scratch) to the window's start. False if there is no room for it.
+    pub(super) fn write_descriptor(&mut self) -> bool {
+        if cfg!(debug_assertions) {
+            let (half, _) = self.scratch.split_at(self.scratch.len() / 2);
+            let _ = self.window.write(half);
+            failpoint("client.descriptor_half_written");
+        }
+        self.window.write(&self.scratch)
     }
 
     fn close(self, link: &Link) {

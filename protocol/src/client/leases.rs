@@ -11,6 +11,7 @@ use super::error::ClientError;
 use super::fork::{Mark, Process};
 use super::held::Held;
 use super::returns::{Return, ReturnQueue};
+use crate::failpoint::failpoint;
 use crate::message::{Lease, Release};
 use crate::segment::{Backing, Mapping, SegmentError};
 
@@ -106,6 +107,7 @@ impl Leases {
             Some(fd) => Some(Arc::new(Mapping::read_only(fd.as_fd(), lease.segment_size, self.backing)?)),
             None => None,
         };
+        failpoint("client.mapped");
         fds.clear();
         // What is replaced is unmapped after the lock, which other threads want.
         let mut replaced = None;
@@ -141,6 +143,7 @@ impl Leases {
         };
         drop(replaced);
         self.live.fetch_add(1, Ordering::SeqCst);
+        failpoint("client.leased");
         let release = Release { segment: extent.segment, generation: extent.generation, tainted: false };
         let back = Return::new(release, mapping);
         Ok(Attached::Held(Held::new(Arc::clone(self), back, lease, name, created, Mark::now())))

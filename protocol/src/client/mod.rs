@@ -32,6 +32,7 @@ pub use report::ItemReport;
 pub use source::Source;
 pub use start::StartCommand;
 
+use crate::failpoint::failpoint;
 use crate::message::{Extent, Listing, MAX_RELEASES, Message, Naming, Target, Welcome};
 use crate::segment::Mapping;
 use clock::Clock;
@@ -180,7 +181,10 @@ impl Session {
         let (link, extent) = self.link_of(held, "passed on")?;
         let reply = ask(&link, &Message::Ticket(extent), "making a ticket")?;
         match reply.message {
-            Message::Ticketed { ticket, secret } => Ok((ticket, secret)),
+            Message::Ticketed { ticket, secret } => {
+                failpoint("client.ticket_made");
+                Ok((ticket, secret))
+            }
             _ => Err(unexpected(&link, &reply, "TICKET")),
         }
     }
@@ -192,6 +196,7 @@ impl Session {
         let reply = ask(&link, &message, "publishing a result")?;
         match reply.message {
             Message::Published => {
+                failpoint("client.published");
                 held.published(name);
                 Ok(())
             }
@@ -279,6 +284,7 @@ impl Session {
         let Reply { message: Message::Opened { lease, ref name }, .. } = reply else {
             return Err(unexpected(&link, &reply, "OPEN"));
         };
+        failpoint("client.opened");
         let (name, mut fds) = (name.clone(), reply.fds);
         link.hold(&lease, &mut fds, &name, false, &mut clock)
     }

@@ -15,6 +15,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::clock::Clock;
 use super::error::ClientError;
 use super::leases::{Leases, lock};
+use crate::failpoint::failpoint;
 use crate::message::{MAX_RELEASES, Message};
 use crate::socket::{Connection, MAX_FRAME, SocketError};
 
@@ -119,9 +120,13 @@ impl Primary {
                 return Err(clock.error(stop));
             }
         }
+        failpoint("client.asked");
         loop {
             match receiver.recv_timeout(clock.wait_for()) {
-                Ok(reply) => return Ok(reply),
+                Ok(reply) => {
+                    failpoint("client.answered");
+                    return Ok(reply);
+                }
                 Err(mpsc::RecvTimeoutError::Disconnected) => {
                     return Err(ClientError::lost(what, SocketError::Closed));
                 }
@@ -138,6 +143,7 @@ impl Primary {
         if at_once {
             // The end of the connection says the same, if this cannot be sent.
             let _ = self.tell(&Message::Bye, "saying goodbye");
+            failpoint("client.bye_sent");
             self.fail();
         } else {
             self.closing.store(true, Ordering::SeqCst);
@@ -169,6 +175,7 @@ impl Primary {
             }
             if self.closing.load(Ordering::SeqCst) && leases.live() == 0 {
                 let _ = self.tell(&Message::Bye, "saying goodbye");
+                failpoint("client.bye_sent");
                 break;
             }
         }
@@ -252,7 +259,10 @@ impl Primary {
             let mut frame = Vec::new();
             message.encode(0, &mut frame);
             match self.connection.send(&frame, &[]) {
-                Ok(()) => sent += n,
+                Ok(()) => {
+                    failpoint("client.release_sent");
+                    sent += n;
+                }
                 // The daemon has other things to do: at the next tick.
                 Err(SocketError::PeerNotReading) => {
                     if let Message::Release(list) = message {
@@ -271,11 +281,14 @@ impl Primary {
     }
 
     fn unmapped(&self, segment: u64) -> Result<(), ()> {
+        failpoint("client.unmapped");
         let mut frame = Vec::new();
         Message::Unmap { segment }.encode(0, &mut frame);
         // Waits for a busy daemon; the reading end of a dead one fails at once.
         let deadline = Instant::now() + Duration::from_secs(5);
-        self.connection.send_until(&frame, &[], Some(deadline)).map_err(|_| ())
+        self.connection.send_until(&frame, &[], Some(deadline)).map_err(|_| ())?;
+        failpoint("client.unmap_answered");
+        Ok(())
     }
 }
 

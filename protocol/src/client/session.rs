@@ -18,6 +18,7 @@ use super::leases::{Attached, Leases, lock};
 use super::primary::{Primary, Reply};
 use super::start::{self, Turn};
 use crate::chunks::MIN_WINDOW;
+use crate::failpoint::failpoint;
 use crate::message::{ErrorCode, Lease, MINOR, Message, Target, Welcome};
 use crate::segment::{Backing, SegmentError};
 use crate::socket::{Connection, MAX_FRAME, SocketError};
@@ -311,11 +312,12 @@ fn hello(address: &Address, deadline: Instant) -> Result<Hello, ClientError> {
         Err(error @ SocketError::NotListening { .. }) => return Ok(Hello::Nobody(error.to_string())),
         Err(error) => return Err(failed(error)),
     };
+    failpoint("client.connected");
     let again = || Ok(Hello::Again("the daemon closed the connection before it answered HELLO".to_owned()));
     let mut frame = Vec::new();
     Message::Hello { minor: MINOR, version: env!("CARGO_PKG_VERSION").to_owned() }.encode(1, &mut frame);
     match connection.send_until(&frame, &[], Some(deadline)) {
-        Ok(()) => {}
+        Ok(()) => failpoint("client.hello_sent"),
         Err(SocketError::Closed) => return again(),
         Err(error) => return Err(failed(error)),
     }
@@ -325,6 +327,7 @@ fn hello(address: &Address, deadline: Instant) -> Result<Hello, ClientError> {
         Err(SocketError::Closed) => return again(),
         Err(error) => return Err(failed(error)),
     };
+    failpoint("client.hello_received");
     match Message::decode(&buffer[..len]).map_err(|e| ClientError::broken(&e))?.1 {
         Message::Welcome(welcome) => Ok(Hello::Welcome(connection, welcome)),
         Message::Error(failure) if failure.code == ErrorCode::Stopping => Ok(Hello::Again(failure.message)),

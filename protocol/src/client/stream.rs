@@ -13,6 +13,7 @@ use super::session::Progress;
 use super::source::Source;
 use super::window::Window;
 use crate::chunks::ChunkList;
+use crate::failpoint::failpoint;
 use crate::message::{ErrorCode, Lease, Message, Naming, Quantize, Release};
 
 /// Up to here all values are written before the request is sent, which makes it one round trip.
@@ -61,7 +62,7 @@ pub(super) fn run(
 ) -> Result<Outcome, ClientError> {
     let bytes = lane.scratch.len() as u64;
     let most = lane.window.len() / 4;
-    if bytes > most || !lane.window.write(&lane.scratch) {
+    if bytes > most || !lane.write_descriptor() {
         return Ok(Err(ClientError::TooLarge { bytes, most }));
     }
     let list = ChunkList::new(request.source.descriptor(), bytes, lane.window.len());
@@ -81,11 +82,13 @@ pub(super) fn run(
         let filling = Filling::new(&list, source, window)?;
         while filling.step() {}
         wire.send(&quantize(chunks), clock)?;
+        failpoint("client.quantize_sent");
         stream.report(total);
         stream.answer(wire, spin, clock)?
     } else {
         // Before any value is copied: the daemon plans and makes room meanwhile.
         wire.send(&quantize(0), clock)?;
+        failpoint("client.quantize_sent");
         let filling = Filling::new(&list, source, window)?;
         let mut main = || {
             // On every way out, a panic included: helpers must not wait for ever.
@@ -98,6 +101,7 @@ pub(super) fn run(
             None => stream.answer(wire, Duration::ZERO, clock)?,
         }
     };
+    failpoint("client.reply_received");
     stream.outcome(window, message, clock)
 }
 
@@ -139,6 +143,7 @@ impl Stream<'_> {
                 let (lane, request) = (wire.lane, wire.request);
                 // The caller's time is over; telling the daemon takes time of its own.
                 wire.send(&Message::Cancel { lane, request }, &mut Clock::new(Some(AFTERMATH), None))?;
+                failpoint("client.cancel_sent");
                 return Ok(None);
             }
             let wrote = filling.step();
@@ -148,11 +153,13 @@ impl Stream<'_> {
             // A daemon that has nothing to do is told at once.
             if mark > announced && (mark == all || !wrote || fresh >= ANNOUNCE || announced == 0) {
                 wire.send(&Message::Wrote { chunks: mark as u32 }, clock)?;
+                failpoint("client.wrote");
                 announced = mark;
                 done += fresh;
                 self.report(done);
             }
             if announced == all {
+                failpoint("client.streamed");
                 return Ok(None);
             }
             if wrote || filling.moves_beyond(announced, GLANCE) {
@@ -215,6 +222,7 @@ impl Stream<'_> {
                 last = Some((stop, Instant::now() + AFTERMATH));
                 let (lane, request) = (wire.lane, wire.request);
                 self.primary.tell(&Message::Cancel { lane, request }, "cancelling a request")?;
+                failpoint("client.cancel_sent");
             }
         }
     }
