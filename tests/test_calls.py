@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -191,6 +194,58 @@ def test_an_interrupt_ends_a_waiting_call(serve, python):
     )
     answer = python(script, daemon.address)
     assert (answer.stdout, answer.stderr) == ("interrupted 0 10\n", "")
+
+
+def test_an_interrupt_ends_a_wait_for_memory(serve):
+    """The other kind of waiting: nothing moves, and only the signal can end it."""
+    daemon = serve("--budget", "64MiB")
+    q = ShmQuantizer(daemon.address)
+    held = q.quantize(np.ones((10_000, 4096), np.float32))
+    script = (
+        "import sys, numpy as np\n"
+        "from shmquant import ShmQuantizer\n"
+        "try:\n"
+        "    ShmQuantizer(sys.argv[1]).quantize(np.ones((10_000, 4096), 'f4'), timeout=None)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+    )
+    command = [sys.executable, "-c", script, daemon.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as waiter:
+        eventually(lambda: json.loads(q._client.stat())["waiting"] == 1)
+        waiter.send_signal(signal.SIGINT)
+        assert waiter.communicate(timeout=60)[0] == "interrupted\n"
+    assert held.table.num_rows == 10_000
+    eventually(lambda: json.loads(q._client.stat())["waiting"] == 0)
+
+
+def test_handles_of_one_process_share_its_session(serve):
+    address = serve().address
+    handles = [ShmQuantizer(address) for _ in range(5)]
+    results = [q.quantize(X) for q in handles]
+    assert len({r.segment_name for r in results}) == 5
+    assert json.loads(handles[0]._client.stat())["sessions"] == 1
+
+
+def test_results_made_and_dropped_by_many_threads(serve):
+    """Views are dropped on other threads than those that made them, while all keep asking."""
+    address = serve("--budget", "256MiB").address
+    q = ShmQuantizer(address)
+    expected = q.quantize(X).codes("vector").copy()
+
+    def work(seed: int) -> list[np.ndarray]:
+        views = []
+        for i in range(30):
+            r = q.quantize(X, "int8")
+            views.append(r.codes("vector")[i % 50 :])
+            if i % 7 == seed % 7:
+                views = views[-2:]
+        return views
+
+    with ThreadPoolExecutor(6) as pool:
+        for views in pool.map(work, range(12)):
+            assert all(np.array_equal(v, expected[-len(v) :]) for v in views)
+    del views
+    eventually(lambda: json.loads(q._client.stat())["leases"] == 0)
 
 
 def test_fit_finds_the_ranges_of_all_batches(q):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import multiprocessing
 import os
 import pickle
@@ -335,6 +336,15 @@ def test_the_daemon_forgets_a_killed_process(serve, python):
     assert python(script, daemon.address).returncode == -9
     q = ShmQuantizer(daemon.address)
     # Only our own session remains.
-    import json
-
     eventually(lambda: json.loads(q._client.stat())["sessions"] == 1)
+
+
+def test_a_result_does_not_keep_the_values_it_was_made_from(q):
+    emb = pa.FixedSizeListArray.from_arrays(pa.array(X.reshape(-1).copy()), 32)
+    before = pa.total_allocated_bytes()
+    table = pa.table({"id": range(64), "emb": pa.array(emb.to_pylist(), emb.type)})
+    assert pa.total_allocated_bytes() >= before + X.nbytes
+    r = q.quantize(table)
+    del table
+    assert pa.total_allocated_bytes() < before + X.nbytes
+    assert r.table.column("id").to_pylist() == list(range(64))

@@ -156,7 +156,7 @@ impl Client {
         py: Python<'_>,
         request: impl FnOnce(&Session) -> Result<T, ClientError> + Send,
     ) -> PyResult<T> {
-        py.detach(|| request(&self.session)).map_err(|error| client(py, error))
+        py.detach(|| request(&self.session)).map_err(|error| failed(py, error))
     }
 
     fn answer<T>(&self, py: Python<'_>, watch: &Watch, result: Result<T, ClientError>) -> PyResult<T> {
@@ -164,7 +164,15 @@ impl Client {
         if let Some(raised) = watch.raised() {
             return Err(raised);
         }
-        result.map_err(|error| client(py, error))
+        result.map_err(|error| failed(py, error))
+    }
+}
+
+/// The exception for a failed call; that of a signal's handler goes first, as it would between two lines of Python.
+fn failed(py: Python<'_>, error: ClientError) -> PyErr {
+    match py.check_signals() {
+        Ok(()) => client(py, error),
+        Err(raised) => raised,
     }
 }
 

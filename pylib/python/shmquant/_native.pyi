@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable
 from typing import Any, final
 
@@ -29,7 +30,9 @@ class Cancel:
 
 @final
 class Lease:
-    def __buffer__(self, flags: int, /) -> memoryview: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+
     @property
     def pointer(self) -> int: ...
     @property
@@ -48,7 +51,8 @@ class Lease:
 
 @final
 class PrivateMapping:
-    def __buffer__(self, flags: int, /) -> memoryview: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
 class Client:

@@ -19,7 +19,7 @@ from ._errors import NoRoomError, invalid
 from ._input import read
 from ._options import Overrides, SourceOptions, source_options, timeout_seconds
 from ._params import Params, fit
-from ._result import QuantizedTable, alive
+from ._result import PassedThrough, QuantizedTable, alive
 from ._scheme import Granularity, Mapping, Nulls, OnNonFinite, Scheme, spelled
 
 _TIMEOUT = 30.0
@@ -511,13 +511,10 @@ class ShmQuantizer:
                 lease, report = once()
             except NoRoomError as error:
                 raise self._with_holdings(error) from None
-        return QuantizedTable(
-            self._settings,
-            lease,
-            outputs=None if name is not None else source.outputs,
-            source=None if name is not None else table,
-            report=(source.items, report),
-        )
+        passed = None
+        if name is None and table is not None:
+            passed = PassedThrough.of(source.outputs, table)
+        return QuantizedTable(self._settings, lease, passed=passed, report=(source.items, report))
 
     def _with_holdings(self, error: NoRoomError) -> NoRoomError:
         holdings = self.results()

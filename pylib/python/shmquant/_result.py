@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
@@ -55,6 +57,47 @@ class ItemStats(NamedTuple):
     cosine: float | None
 
 
+@dataclass(frozen=True)
+class PassedThrough:
+    """The columns that never left the caller, and their places between the quantized ones."""
+
+    #: For each column of the finished table: names in the result, or no name and a column's number here.
+    outputs: list[tuple[list[str], int]]
+    columns: pa.Table
+
+    @classmethod
+    def of(cls, outputs: list[tuple[list[str], int]], table: pa.Table) -> PassedThrough:
+        """Keep what passes through of `table`, and not the values that were quantized."""
+        number = itertools.count()
+        places = [(names, next(number) if index >= 0 else -1) for names, index in outputs]
+        return cls(places, table.select([index for _, index in outputs if index >= 0]))
+
+    def among(self, quantized: pa.Table) -> pa.Table:
+        """The finished table, in the order of the input."""
+        fields: list[pa.Field] = []
+        arrays: list[pa.ChunkedArray] = []
+        for names, index in self.outputs:
+            if index >= 0:
+                fields.append(self.columns.schema.field(index))
+                arrays.append(self.columns.column(index))
+            for name in names:
+                fields.append(quantized.schema.field(name))
+                arrays.append(quantized.column(name))
+        schema = pa.schema(fields, metadata=self.columns.schema.metadata)
+        return pa.Table.from_arrays(arrays, schema=schema)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Through IPC, which takes of a slice what it shows; a buffer would travel as a whole.
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.columns.schema) as writer:
+            writer.write_table(self.columns)
+        return {"outputs": self.outputs, "columns": sink.getvalue().to_pybytes()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        object.__setattr__(self, "outputs", state["outputs"])
+        object.__setattr__(self, "columns", pa.ipc.open_stream(state["columns"]).read_all())
+
+
 class QuantizedTable:
     """A quantized table over shared memory; made by :class:`ShmQuantizer`.
 
@@ -88,14 +131,12 @@ class QuantizedTable:
         settings: _session.Settings,
         lease: _native.Lease,
         *,
-        outputs: list[tuple[list[str], int]] | None = None,
-        source: pa.Table | None = None,
+        passed: PassedThrough | None = None,
         report: tuple[list[str], list[tuple[Any, ...]]] = ([], []),
     ) -> None:
         self._settings = settings
         self._lease: _native.Lease | None = lease
-        self._outputs = outputs
-        self._source = source
+        self._passed = passed
         self._report = report
         self._table: pa.Table | None = None
         self._rows: dict[str, int] | None = None
@@ -118,7 +159,7 @@ class QuantizedTable:
         """
         if self._table is None:
             quantized = pa.ipc.open_file(pa.py_buffer(self._held())).read_all()
-            self._table = self._reattach(quantized)
+            self._table = quantized if self._passed is None else self._passed.among(quantized)
         return self._table
 
     @property
@@ -319,14 +360,8 @@ class QuantizedTable:
 
     def __reduce__(self) -> tuple[Any, ...]:
         ticket, secret = _session.client(self._settings).ticket(self._held())
-        kept = None
-        if self._outputs is not None and self._source is not None:
-            passed = [index for _, index in self._outputs if index >= 0]
-            # A slice pickles what it shows only once it is copied out of its parent.
-            kept = _compact(self._source.select(passed)) if passed else self._source.select([])
-            kept = kept.replace_schema_metadata(self._source.schema.metadata)
         address = self._settings.address
-        return _unpickle, (address, os.getpid(), ticket, secret, self._outputs, kept, self._report)
+        return _unpickle, (address, os.getpid(), ticket, secret, self._passed, self._report)
 
     def _held(self) -> _native.Lease:
         if self._lease is None:
@@ -337,23 +372,7 @@ class QuantizedTable:
         return _session.client(self._settings).private(self._held())
 
     def _forget(self) -> None:
-        self._lease = self._table = self._source = self._rows = None
-
-    def _reattach(self, quantized: pa.Table) -> pa.Table:
-        """Put the columns that never left the caller back between the quantized ones."""
-        if self._outputs is None or self._source is None:
-            return quantized
-        fields: list[pa.Field] = []
-        arrays: list[pa.ChunkedArray] = []
-        for names, index in self._outputs:
-            if index >= 0:
-                fields.append(self._source.schema.field(index))
-                arrays.append(self._source.column(index))
-            for name in names:
-                fields.append(quantized.schema.field(name))
-                arrays.append(quantized.column(name))
-        schema = pa.schema(fields, metadata=self._source.schema.metadata)
-        return pa.Table.from_arrays(arrays, schema=schema)
+        self._lease = self._table = self._passed = self._rows = None
 
     def _codes_column(self, column: str) -> pa.ChunkedArray:
         self._meta(column)
@@ -415,13 +434,6 @@ def _one_row(table: pa.Table, row: int) -> pa.RecordBatch:
     raise not_found(f"row {row} of {table.num_rows}")
 
 
-def _compact(table: pa.Table) -> pa.Table:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return pa.ipc.open_stream(sink.getvalue()).read_all()
-
-
 def _near(name: str, names: Sequence[str]) -> str:
     import difflib
 
@@ -439,8 +451,7 @@ def _unpickle(
     sender: int,
     ticket: int,
     secret: bytes,
-    outputs: list[tuple[list[str], int]] | None,
-    kept: pa.Table | None,
+    passed: PassedThrough | None,
     report: tuple[list[str], list[tuple[Any, ...]]],
 ) -> QuantizedTable:
     if address == _session.IN_PROCESS and sender != os.getpid():
@@ -450,8 +461,4 @@ def _unpickle(
         )
     settings = _session.Settings(address)
     lease = _session.client(settings).open_ticket(ticket, secret)
-    if outputs is not None:
-        # The kept columns were numbered in the caller's table; here they are all there is.
-        order = iter(range(len(outputs)))
-        outputs = [(names, next(order) if index >= 0 else -1) for names, index in outputs]
-    return QuantizedTable(settings, lease, outputs=outputs, source=kept, report=report)
+    return QuantizedTable(settings, lease, passed=passed, report=report)
