@@ -31,6 +31,11 @@ impl<'a> Clock<'a> {
         Self { timeout, deadline: timeout.and_then(|t| now.checked_add(t)), interrupted, ask: now + ASK }
     }
 
+    /// What the caller allowed; nothing stands for no limit.
+    pub(super) fn timeout(&self) -> Duration {
+        self.timeout.unwrap_or_default()
+    }
+
     /// When the daemon should have answered.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.deadline
@@ -85,7 +90,7 @@ impl<'a> Clock<'a> {
     /// The error of a call that stopped.
     pub(super) fn error(&self, stop: Stop) -> ClientError {
         match stop {
-            Stop::Deadline => ClientError::Deadline { timeout: self.timeout.unwrap_or_default() },
+            Stop::Deadline => ClientError::Deadline { timeout: self.timeout() },
             Stop::Interrupted => ClientError::Cancelled,
         }
     }

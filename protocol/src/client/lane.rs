@@ -51,12 +51,13 @@ pub(super) enum Event {
 }
 
 impl Lane {
-    fn open(link: &Link, window: u64, clock: &Clock<'_>) -> Result<Self, ClientError> {
+    fn open(link: &Link, window: u64, clock: &mut Clock<'_>) -> Result<Self, ClientError> {
         const WHAT: &str = "opening a lane";
         let latest = Instant::now() + JOIN_TIME;
         let limit = clock.deadline().map_or(latest, |deadline| deadline.min(latest));
+        let timeout = clock.timeout();
         let lost = |error| match error {
-            SocketError::Deadline { .. } if limit < latest => clock.error(Stop::Deadline),
+            SocketError::Deadline { .. } if limit < latest => ClientError::Deadline { timeout },
             error => ClientError::lost(WHAT, error),
         };
         let connection = link.address().connect(limit).map_err(lost)?;
@@ -67,7 +68,18 @@ impl Lane {
         connection.send_until(&frame, &[], Some(limit)).map_err(lost)?;
         failpoint("client.join_sent");
         let (mut buffer, mut fds) = (vec![0; MAX_FRAME], Vec::new());
-        let received = connection.recv_spin(&mut buffer, &mut fds, Duration::ZERO, Some(limit));
+        // The daemon may have to wait for the window's memory.
+        let received = loop {
+            let until = clock.wait_until().map_or(limit, |ask| ask.min(limit));
+            match connection.recv_spin(&mut buffer, &mut fds, Duration::ZERO, Some(until)) {
+                Err(SocketError::Deadline { .. }) if until < limit => {
+                    if let Some(stop) = clock.check() {
+                        return Err(clock.error(stop));
+                    }
+                }
+                received => break received,
+            }
+        };
         let len = received.map_err(lost)?.len;
         failpoint("client.join_received");
         let (_, message) = Message::decode(&buffer[..len]).map_err(|e| ClientError::broken(&e))?;
@@ -235,10 +247,21 @@ impl Lanes {
     }
 
     /// Opens the lane that was counted already. `None` if the daemon allows no more, but there are others.
-    fn grow(&self, link: &Link, need: u64, clock: &Clock<'_>) -> Result<Option<Lane>, ClientError> {
+    fn grow(&self, link: &Link, need: u64, clock: &mut Clock<'_>) -> Result<Option<Lane>, ClientError> {
         let usual = if link.window() == 0 { link.welcome().window } else { link.window() };
         let window = if need > usual { need } else { link.window() };
-        let error = match Lane::open(link, window, clock) {
+        let opened = loop {
+            match Lane::open(link, window, clock) {
+                // The daemon waits for a window's memory for a while; this call may have longer.
+                Err(ClientError::Refused(failure)) if failure.code == ErrorCode::Deadline => match clock.check() {
+                    Some(Stop::Interrupted) => break Err(clock.error(Stop::Interrupted)),
+                    None if clock.deadline().is_none_or(|deadline| Instant::now() < deadline) => {}
+                    _ => break Err(ClientError::Refused(failure)),
+                },
+                opened => break opened,
+            }
+        };
+        let error = match opened {
             Ok(lane) if lane.window.len() >= need => return Ok(Some(lane)),
             Ok(lane) => {
                 let got = lane.window.len();
