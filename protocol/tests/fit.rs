@@ -1,7 +1,14 @@
 //! Ranges: found on some tables, merged, written down, used on others.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "helpers of tests report by panicking"
+)]
 
 mod tables;
 
+use std::slice::from_ref;
 use std::sync::Arc;
 
 use arrow_array::types::Float32Type;
@@ -107,7 +114,7 @@ fn params_bring_their_scheme_to_other_tables() {
     }
     let two = vec![vectors(&ROWS), vectors(&ROWS)];
     says(
-        table(&["a", "b"], &[two.clone()], &options),
+        table(&["a", "b"], from_ref(&two), &options),
         &["params have no ranges for 'a'", "they have them for emb"],
     );
     says(table(&["emb", "b"], &[two], &options), &["params have no ranges for 'b'"]);
@@ -131,7 +138,7 @@ fn plain_columns_and_layers_have_ranges_too() {
     let columns = Some(vec!["emb".to_owned(), "price".to_owned()]);
     let names = ["emb", "price"];
     let chunk = vec![vectors(&ROWS), price];
-    let params = fit(&names, &[chunk.clone()], &TableOptions { columns, ..uint8() }).unwrap();
+    let params = fit(&names, from_ref(&chunk), &TableOptions { columns, ..uint8() }).unwrap();
     assert_eq!(params.ranges("price"), Some(&[range(-6.0, 2.0)][..]));
     assert_eq!(params.ranges("emb").map(<[Range]>::len), Some(3));
     // A plain column that has params is meant, without being named again.

@@ -1,7 +1,14 @@
 //! Columns tables: what crosses for vectors and plain columns, and what is said about tables that do not fit.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "helpers of tests report by panicking"
+)]
 
 mod tables;
 
+use std::slice::from_ref;
 use std::sync::Arc;
 
 use arrow_array::builder::{
@@ -303,7 +310,7 @@ fn outputs_follow_the_input_and_keep() {
     let quantized =
         |names: &[&str]| Output::Quantized { names: names.iter().map(|n| (*n).to_owned()).collect() };
     let base = TableOptions { scheme: Scheme::UInt8, ..TableOptions::default() };
-    let it = table(&names, &[chunk.clone()], &base).unwrap();
+    let it = table(&names, from_ref(&chunk), &base).unwrap();
     let emb = quantized(&["emb", "emb_scale", "emb_zero_point"]);
     assert_eq!(
         it.outputs(),
@@ -311,16 +318,16 @@ fn outputs_follow_the_input_and_keep() {
     );
     assert_eq!(it.descriptor().items.len(), 1);
     let keep = Some(vec!["text".to_owned()]);
-    let it = table(&names, &[chunk.clone()], &TableOptions { keep: keep.clone(), ..base.clone() }).unwrap();
+    let it = table(&names, from_ref(&chunk), &TableOptions { keep: keep.clone(), ..base.clone() }).unwrap();
     assert_eq!(it.outputs(), [emb.clone(), Output::PassThrough { index: 2 }]);
-    let it = table(&names, &[chunk.clone()], &TableOptions { named: true, keep, ..base.clone() }).unwrap();
+    let it = table(&names, from_ref(&chunk), &TableOptions { named: true, keep, ..base.clone() }).unwrap();
     assert_eq!(it.outputs(), [emb, Output::Kept { name: "text".to_owned() }]);
     assert_eq!(it.descriptor().items.len(), 2);
     let tensor = TableOptions { granularity: Some(Granularity::Dimension), ..TableOptions::default() };
-    let it = table(&names, &[chunk.clone()], &tensor).unwrap();
+    let it = table(&names, from_ref(&chunk), &tensor).unwrap();
     assert_eq!(it.outputs()[1], quantized(&["emb", "emb_params_id"]));
     says(
-        table(&names, &[chunk.clone()], &TableOptions { keep: Some(vec!["txt".to_owned()]), ..base }),
+        table(&names, from_ref(&chunk), &TableOptions { keep: Some(vec!["txt".to_owned()]), ..base }),
         &["keep: there is no column 'txt'", "the table has id, emb, text"],
     );
 }
@@ -339,7 +346,7 @@ fn misuse_is_named() {
     };
     let names = ["emb", "ids", "codes", "text"];
     let chunk = vec![emb(), ints, int_lists, text];
-    let with = |columns: &[&str]| table(&names, &[chunk.clone()], &options(columns));
+    let with = |columns: &[&str]| table(&names, from_ref(&chunk), &options(columns));
     says(with(&["ids"]), &["column 'ids' holds integers (Int32)", "hint: cast it to float32"]);
     says(with(&["codes"]), &["column 'codes' holds integers"]);
     says(with(&["text"]), &["column 'text' has type Utf8"]);

@@ -1,4 +1,10 @@
 //! Kept columns: what crosses, put together again, is the column that all chunks make together.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "helpers of tests report by panicking"
+)]
 
 mod tables;
 

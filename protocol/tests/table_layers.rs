@@ -1,7 +1,14 @@
 //! Layers tables: what crosses for each layer, whatever holds its name and its weights.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "helpers of tests report by panicking"
+)]
 
 mod tables;
 
+use std::slice::from_ref;
 use std::sync::Arc;
 
 use arrow_array::builder::{Int64Builder, ListBuilder};
@@ -124,7 +131,7 @@ fn weights_may_be_lists_of_any_float_or_bytes_with_a_dtype() {
     let columns = ["layer_name", "weights", "dtype"];
     for weights in kinds {
         let dtypes: DictionaryArray<Int8Type> = rows.iter().map(|(_, d)| *d).collect();
-        let chunk = vec![names(&["a", "b", "c"]), weights.clone(), Arc::new(dtypes)];
+        let chunk = [names(&["a", "b", "c"]), weights.clone(), Arc::new(dtypes)];
         let chunk: Vec<ArrayRef> = chunk.iter().map(|a: &ArrayRef| a.slice(1, 2)).collect();
         let it = table(&columns, &[chunk], &four_bits()).unwrap();
         let got = crossed(&it);
@@ -172,7 +179,7 @@ fn what_does_not_fit_names_its_layer() {
         Some(vec![Some(1.0), None, Some(3.0)]),
     ]));
     let chunk = vec![names(&["a", "b"]), holes];
-    let error = table(&NAMES, &[chunk.clone()], &four_bits()).unwrap_err();
+    let error = table(&NAMES, from_ref(&chunk), &four_bits()).unwrap_err();
     let details = error.details();
     assert_eq!((details.layer.as_deref(), details.row, details.index), (Some("b"), Some(1), Some(1)));
     says(Err::<(), _>(error), &["Layer 'b' has a null at index 1", "hint: nulls=\"zero\""]);

@@ -1,6 +1,8 @@
 //! Reads a table the way a daemon does: its descriptor over the wire, its values chunk by chunk.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of this")]
 
+pub mod kernels;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -110,4 +112,15 @@ pub fn says<T: std::fmt::Debug, E: std::fmt::Display>(result: Result<T, E>, part
     for part in parts {
         assert!(text.contains(part), "{part:?} is not in {text:?}");
     }
+}
+
+/// The batch with one column replaced, its field's metadata kept.
+pub fn replace(batch: &RecordBatch, name: &str, array: ArrayRef) -> (SchemaRef, RecordBatch) {
+    let at = batch.schema().index_of(name).unwrap();
+    let mut fields: Vec<Field> = batch.schema().fields().iter().map(|f| f.as_ref().clone()).collect();
+    fields[at] = fields[at].clone().with_data_type(array.data_type().clone());
+    let mut arrays = batch.columns().to_vec();
+    arrays[at] = array;
+    let schema = Arc::new(Schema::new(fields));
+    (schema.clone(), RecordBatch::try_new(schema, arrays).unwrap())
 }

@@ -1,97 +1,33 @@
-//! Results made by the kernels and decoded from their own columns, also after they have travelled.
+//! Columns of codes made by the kernels are decoded again, also after they have travelled.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "helpers of tests report by panicking"
+)]
 
 mod tables;
 
+use std::slice::from_ref;
 use std::sync::Arc;
 
-use arrow_array::builder::{Int64Builder, ListBuilder};
-use arrow_array::types::{Float32Type, Int8Type};
+use arrow_array::types::Int8Type;
 use arrow_array::{
-    Array, ArrayRef, BinaryArray, BinaryViewArray, DictionaryArray, FixedSizeListArray, Float16Array,
-    Float32Array, Float64Array, Int8Array, Int32Array, Int64Array, LargeBinaryArray, LargeListArray,
-    LargeStringArray, ListArray, RecordBatch, StringArray, StringViewArray, UInt8Array, UInt64Array,
+    Array, ArrayRef, DictionaryArray, FixedSizeListArray, Float16Array, Float32Array, Float64Array,
+    Int8Array, Int32Array, Int64Array, LargeListArray, ListArray, RecordBatch, UInt8Array, UInt64Array,
 };
 use arrow_buffer::{NullBuffer, OffsetBuffer};
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use half::f16;
-use shmquant_kernels::{
-    Affine, FloatType, Granularity, Layout, Mapping, OnNonFinite, Scheme, Values, ZeroPointsMut, fused,
-};
+use shmquant_kernels::{FloatType, Granularity, Layout, Scheme};
 use shmquant_protocol::decode::{self, DecodeError};
 use shmquant_protocol::descriptor::params_id;
 use shmquant_protocol::meta::{
     CodesMeta, EXTENSION_METADATA_KEY, EXTENSION_NAME, EXTENSION_NAME_KEY, ParamSource, ParamsBase64,
     encode_f32,
 };
-use tables::{f32_values, nulls, says};
-
-/// Quantized values with what it takes to read them.
-struct Quantized {
-    layout: Layout,
-    affine: Affine,
-    codes: Vec<u8>,
-    scales: Vec<f32>,
-    zeros: Vec<f32>,
-}
-
-fn quantize(values: &[f32], scheme: Scheme, layout: Layout) -> Quantized {
-    let affine = Affine::new(scheme, None).unwrap();
-    let sizes = layout.sizes(affine.bits).unwrap();
-    let mut codes = vec![0; sizes.code_bytes as usize];
-    let mut scales = vec![0.0; sizes.params as usize];
-    let mut zeros = vec![0.0; sizes.params as usize];
-    let at = ZeroPointsMut::F32(&mut zeros);
-    fused(
-        Values::from_f32(values),
-        0,
-        &layout,
-        &affine,
-        OnNonFinite::Error,
-        &mut codes,
-        &mut scales,
-        at,
-        &mut Vec::new(),
-    )
-    .unwrap();
-    Quantized { layout, affine, codes, scales, zeros }
-}
-
-impl Quantized {
-    /// `(q - zp) * scale`, code by code.
-    fn naive(&self) -> Vec<f32> {
-        let bits = if self.layout.packed { usize::from(self.affine.bits) } else { 8 };
-        let row_bytes = (self.layout.k as usize * bits).div_ceil(8);
-        (0..self.layout.elements())
-            .map(|e| {
-                let (row, col) = (e / self.layout.k, e % self.layout.k);
-                let bit = match self.layout.pad_rows {
-                    true => row as usize * row_bytes * 8 + col as usize * bits,
-                    false => e as usize * bits,
-                };
-                let raw = i32::from(self.codes[bit / 8] >> (bit % 8)) & ((1 << bits) - 1);
-                let signed = self.affine.signed && raw >= 1 << (bits - 1);
-                let code = if signed { raw - (1 << bits) } else { raw };
-                let param = match self.layout.granularity {
-                    Granularity::Tensor => 0,
-                    Granularity::Row => row,
-                    Granularity::Dimension => col,
-                    Granularity::Group => {
-                        row * self.layout.k.div_ceil(self.layout.group) + col / self.layout.group
-                    }
-                } as usize;
-                (code - self.zeros[param] as i32) as f32 * self.scales[param]
-            })
-            .collect()
-    }
-
-    fn asymmetric(&self) -> bool {
-        self.affine.mapping == Mapping::Asymmetric
-    }
-}
-
-fn wave(n: usize) -> Vec<f32> {
-    (0..n).map(|i| ((i * 37 % 101) as f32 - 40.0) * 0.125).collect()
-}
+use tables::kernels::{Quantized, quantize, wave};
+use tables::{nulls, replace, says};
 
 fn vector_layout(rows: usize, k: usize, granularity: Granularity, group: u64, packed: bool) -> Layout {
     Layout { rows: rows as u64, k: k as u64, group, granularity, pad_rows: true, packed }
@@ -178,17 +114,6 @@ fn result(q: &Quantized, valid: Option<NullBuffer>) -> (SchemaRef, RecordBatch) 
     (schema.clone(), RecordBatch::try_new(schema, arrays).unwrap())
 }
 
-/// The batch with one column replaced, its field's metadata kept.
-fn replace(batch: &RecordBatch, name: &str, array: ArrayRef) -> (SchemaRef, RecordBatch) {
-    let at = batch.schema().index_of(name).unwrap();
-    let mut fields: Vec<Field> = batch.schema().fields().iter().map(|f| f.as_ref().clone()).collect();
-    fields[at] = fields[at].clone().with_data_type(array.data_type().clone());
-    let mut arrays = batch.columns().to_vec();
-    arrays[at] = array;
-    let schema = Arc::new(Schema::new(fields));
-    (schema.clone(), RecordBatch::try_new(schema, arrays).unwrap())
-}
-
 fn decoded(schema: &SchemaRef, batches: &[RecordBatch]) -> Vec<f32> {
     let (_, out) = decode::table(schema, batches, None, FloatType::F32).unwrap();
     let column = |b: &RecordBatch| {
@@ -238,7 +163,7 @@ fn vectors_of_every_scheme_and_granularity_come_back() {
                 let q = quantize(&values, scheme, vector_layout(rows, k, granularity, group, packed));
                 let (schema, batch) = result(&q, None);
                 let want = q.naive();
-                assert_eq!(decoded(&schema, &[batch.clone()]), want, "{scheme} {granularity} {packed}");
+                assert_eq!(decoded(&schema, from_ref(&batch)), want, "{scheme} {granularity} {packed}");
                 // In slices, joined again, and through lists without a fixed size.
                 let parts = [batch.slice(0, 9), batch.slice(9, 0), batch.slice(9, 28)];
                 assert_eq!(decoded(&schema, &parts), want, "{scheme} {granularity} {packed}");
@@ -263,7 +188,7 @@ fn null_rows_stay_null_with_zeros_below() {
         let (schema, batch) = result(&q, valid.clone());
         let mut want = q.naive();
         (0..18).filter(|i| (i / 3) % 2 == 1).for_each(|i| want[i] = 0.0);
-        assert_eq!(decoded(&schema, &[batch.clone()]), want, "{granularity}");
+        assert_eq!(decoded(&schema, from_ref(&batch)), want, "{granularity}");
         let (schema, lists) = replace(&batch, "emb", as_list(batch.column(0), false));
         assert_eq!(decoded(&schema, &[lists.slice(0, 3), lists.slice(3, 3)]), want, "{granularity}");
         let (_, out) = decode::table(&schema, &[lists], None, FloatType::F32).unwrap();
@@ -282,7 +207,7 @@ fn values_come_as_the_type_that_is_asked_for() {
     let (schema, batch) = result(&q, None);
     let want = q.naive();
     let read = |dtype| {
-        let (_, out) = decode::table(&schema, &[batch.clone()], None, dtype).unwrap();
+        let (_, out) = decode::table(&schema, from_ref(&batch), None, dtype).unwrap();
         out[0].column(0).as_any().downcast_ref::<FixedSizeListArray>().unwrap().values().clone()
     };
     let double = read(FloatType::F64);
@@ -319,7 +244,7 @@ fn joined_results_with_other_ranges_are_refused() {
         let ids = one.column(1).as_any().downcast_ref::<DictionaryArray<Int8Type>>().unwrap();
         let id = ids.values().as_any().downcast_ref::<UInt64Array>().unwrap().value(0);
         let (schema, plain) = replace(&one, "emb_params_id", Arc::new(UInt64Array::from(vec![id; 4])));
-        assert_eq!(decoded(&schema, &[plain.clone()]), decoded(&make(1.0, granularity).0, &[one.clone()]));
+        assert_eq!(decoded(&schema, from_ref(&plain)), decoded(&make(1.0, granularity).0, from_ref(&one)));
         let (schema, wrong) =
             replace(&plain, "emb_params_id", Arc::new(UInt64Array::from(vec![id, id, 7, id])));
         says(
@@ -412,7 +337,7 @@ fn what_is_no_result_is_said_to_be_none() {
     let q = quantize(&wave(12), Scheme::Int8, vector_layout(4, 3, Granularity::Row, 0, false));
     let (schema, batch) = result(&q, None);
     let names = |n: &str| vec![n.to_owned()];
-    let table = |names: &[String]| decode::table(&schema, &[batch.clone()], Some(names), FloatType::F32);
+    let table = |names: &[String]| decode::table(&schema, from_ref(&batch), Some(names), FloatType::F32);
     says(table(&names("embb")), &["there is no column 'embb'", "emb, emb_scale, id"]);
     says(table(&names("id")), &["column 'id' holds no shmquant.codes", "hint:"]);
     assert!(table(&names("emb")).is_ok());
@@ -441,214 +366,4 @@ fn what_is_no_result_is_said_to_be_none() {
 fn q_values(batch: &RecordBatch) -> *const u8 {
     let list = batch.column(0).as_any().downcast_ref::<FixedSizeListArray>().unwrap();
     list.values().as_any().downcast_ref::<Int8Array>().unwrap().values().inner().as_ptr()
-}
-
-/// A layer of a result.
-struct Layer {
-    name: &'static str,
-    data: Option<Vec<u8>>,
-    scales: Vec<f32>,
-    zeros: Vec<f32>,
-    shape: Vec<i64>,
-    scheme: &'static str,
-    packing: &'static str,
-    group_size: i32,
-    want: Vec<f32>,
-}
-
-fn layers() -> Vec<Layer> {
-    let mut all = Vec::new();
-    let cases = [
-        ("rows", Scheme::Int8, Granularity::Row, 0, [3i64, 4, 5], 0),
-        ("groups", Scheme::UInt4, Granularity::Group, 8, [1, 7, 11], 8),
-        ("tensor", Scheme::UInt2, Granularity::Tensor, 0, [5, 1, 3], -1),
-        ("square", Scheme::Int4, Granularity::Dimension, 0, [1, 5, 5], -2),
-        ("flat", Scheme::UInt8, Granularity::Row, 0, [1, 5, 5], 0),
-    ];
-    for (name, scheme, granularity, group, shape, group_size) in cases {
-        let packed = scheme.bits() < 8;
-        let (rows, k) = ((shape[0] * shape[1]) as u64, shape[2] as u64);
-        let layout = Layout { rows, k, group, granularity, pad_rows: false, packed };
-        let q = quantize(&wave((rows * k) as usize), scheme, layout);
-        let want = q.naive();
-        all.push(Layer {
-            name,
-            zeros: if q.asymmetric() { q.zeros } else { Vec::new() },
-            data: Some(q.codes),
-            scales: q.scales,
-            shape: shape.to_vec(),
-            scheme: scheme.name(),
-            packing: if packed { "lsb" } else { "none" },
-            group_size,
-            want,
-        });
-    }
-    let bare = Layer {
-        name: "as it is",
-        data: Some([1.5f32, -2.0].iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()),
-        scales: Vec::new(),
-        zeros: Vec::new(),
-        shape: vec![2],
-        scheme: "bfloat16",
-        packing: "none",
-        group_size: 0,
-        want: vec![1.5, -2.0],
-    };
-    let empty = Layer {
-        name: "empty",
-        data: Some(Vec::new()),
-        shape: vec![4, 0],
-        scheme: "uint4",
-        packing: "lsb",
-        want: Vec::new(),
-        scales: Vec::new(),
-        zeros: Vec::new(),
-        group_size: 128,
-    };
-    let null = Layer {
-        name: "null",
-        data: None,
-        shape: Vec::new(),
-        want: Vec::new(),
-        scales: Vec::new(),
-        zeros: Vec::new(),
-        ..empty
-    };
-    all.extend([bare, empty, null]);
-    all
-}
-
-/// The columns of a layers table that decoding reads, in the types that `travelled` libraries give them.
-fn layers_batch(layers: &[Layer], travelled: bool) -> RecordBatch {
-    let floats = |f: fn(&Layer) -> &Vec<f32>| -> ArrayRef {
-        let rows = layers.iter().map(|l| Some(f(l).iter().map(|v| Some(*v)).collect::<Vec<_>>()));
-        match travelled {
-            true => Arc::new(LargeListArray::from_iter_primitive::<Float32Type, _, _>(rows)),
-            false => Arc::new(ListArray::from_iter_primitive::<Float32Type, _, _>(rows)),
-        }
-    };
-    let word = |f: fn(&Layer) -> &'static str| -> ArrayRef {
-        match travelled {
-            true => Arc::new(StringViewArray::from_iter_values(layers.iter().map(f))),
-            false => Arc::new(layers.iter().map(f).collect::<DictionaryArray<Int8Type>>()),
-        }
-    };
-    let names = layers.iter().map(|l| l.name);
-    let data = layers.iter().map(|l| l.data.as_deref());
-    let mut shape = ListBuilder::new(Int64Builder::new());
-    layers.iter().for_each(|l| shape.append_value(l.shape.iter().map(|d| Some(*d))));
-    let errors = layers.iter().map(|l| l.data.is_none().then_some("Layer 'null' contains NaN"));
-    let columns: Vec<(&str, ArrayRef)> = vec![
-        (
-            "layer_name",
-            match travelled {
-                true => Arc::new(LargeStringArray::from_iter_values(names)),
-                false => Arc::new(StringArray::from_iter_values(names)),
-            },
-        ),
-        (
-            "quantized_data",
-            match travelled {
-                true => Arc::new(BinaryViewArray::from_iter(data)),
-                false => Arc::new(BinaryArray::from_iter(data)),
-            },
-        ),
-        ("scales", floats(|l| &l.scales)),
-        ("zero_points", floats(|l| &l.zeros)),
-        ("shape", Arc::new(shape.finish())),
-        ("scheme", word(|l| l.scheme)),
-        ("packing", word(|l| l.packing)),
-        (
-            "group_size",
-            match travelled {
-                true => {
-                    Arc::new(Int64Array::from_iter_values(layers.iter().map(|l| i64::from(l.group_size))))
-                }
-                false => Arc::new(Int32Array::from_iter_values(layers.iter().map(|l| l.group_size))),
-            },
-        ),
-        ("error", Arc::new(StringArray::from_iter(errors))),
-    ];
-    RecordBatch::try_from_iter_with_nullable(columns.into_iter().map(|(n, a)| (n, a, true))).unwrap()
-}
-
-fn weights(batch: &RecordBatch, row: usize) -> Option<Vec<f32>> {
-    let list = batch.column_by_name("weights").unwrap();
-    let list = list.as_any().downcast_ref::<ListArray>().unwrap();
-    list.is_valid(row)
-        .then(|| list.value(row).as_any().downcast_ref::<Float32Array>().unwrap().values().to_vec())
-}
-
-#[test]
-fn every_layer_decodes_from_its_own_columns() {
-    let layers = layers();
-    for travelled in [false, true] {
-        let batch = layers_batch(&layers, travelled);
-        let schema = batch.schema();
-        assert!(decode::is_layers(&schema));
-        let parts = [batch.slice(0, 3), batch.slice(3, 0), batch.slice(3, layers.len() - 3)];
-        let (out, decoded) = decode::table(&schema, &parts, None, FloatType::F32).unwrap();
-        let names: Vec<&str> = out.fields().iter().map(|f| f.name().as_str()).collect();
-        assert_eq!(names, ["layer_name", "weights", "shape"]);
-        for (i, layer) in layers.iter().enumerate() {
-            let (part, row) = if i < 3 { (0, i) } else { (2, i - 3) };
-            let want = layer.data.is_some().then_some(layer.want.clone());
-            assert_eq!(weights(&decoded[part], row), want, "{} {travelled}", layer.name);
-            let one = decode::layer(&batch, i, FloatType::F32);
-            if layer.data.is_none() {
-                says(one, &["Layer 'null' (row 7): it has no data: Layer 'null' contains NaN"]);
-                continue;
-            }
-            let one = one.unwrap();
-            assert_eq!(
-                (one.name.as_str(), f32_values(&one.values), one.shape),
-                (layer.name, layer.want.clone(), layer.shape.clone())
-            );
-            let half = decode::layer(&batch, i, FloatType::F16).unwrap();
-            let want: Vec<u8> = layer.want.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect();
-            assert_eq!(half.values.as_slice(), want);
-        }
-        let some = ["flat".to_owned(), "groups".to_owned()];
-        let (_, chosen) = decode::table(&schema, &parts, Some(&some), FloatType::F32).unwrap();
-        assert_eq!(chosen.iter().map(RecordBatch::num_rows).collect::<Vec<_>>(), [1, 0, 1]);
-        assert_eq!(weights(&chosen[2], 0), Some(layers[4].want.clone()));
-        says(
-            decode::table(&schema, &parts, Some(&["q".to_owned()]), FloatType::F32),
-            &["there is no layer 'q'"],
-        );
-        says(decode::layer(&batch, 8, FloatType::F32), &["there is no row 8 in 8 layers"]);
-    }
-}
-
-#[test]
-fn layers_that_do_not_fit_together_are_named() {
-    let change = |f: fn(&mut Layer)| {
-        let mut layers = layers();
-        f(&mut layers[1]);
-        let batch = layers_batch(&layers, false);
-        decode::table(&batch.schema(), &[batch.slice(0, 1), batch.slice(1, 2)], None, FloatType::F32)
-    };
-    says(change(|l| l.scales.truncate(3)), &["Layer 'groups' (row 1): 3 scales, 14 are needed"]);
-    says(change(|l| l.zeros.truncate(3)), &["3 zero points for 14 scales"]);
-    says(change(|l| l.zeros.clear()), &["uint4 with 0 zero points"]);
-    says(change(|l| l.data = Some(vec![0; 5])), &["5 bytes of codes, 39 are needed"]);
-    says(change(|l| l.shape = vec![-1, 77]), &["its shape is [-1, 77]"]);
-    says(change(|l| l.shape = vec![1 << 40, 1 << 40]), &["its shape is"]);
-    says(change(|l| l.scheme = "nf4"), &["unknown scheme \"nf4\""]);
-    says(change(|l| l.packing = "msb"), &["packing msb is not known"]);
-    says(change(|l| l.group_size = -7), &["its group_size is"]);
-    let batch = layers_batch(&layers(), false);
-    let without = batch.project(&[0, 1, 2, 3, 4, 5, 7]).unwrap();
-    says(
-        decode::table(&without.schema(), &[without], None, FloatType::F32),
-        &["Missing required column 'packing'"],
-    );
-    let large: ArrayRef = Arc::new(LargeBinaryArray::from_iter_values(
-        layers().iter().map(|l| l.data.clone().unwrap_or_default()),
-    ));
-    let (schema, batch) = replace(&batch, "quantized_data", large);
-    assert!(decode::table(&schema, &[batch.slice(0, 7)], None, FloatType::F64).is_ok());
-    let params = decode::params(&schema, &[batch.slice(0, 1)]).unwrap();
-    assert_eq!((params.scheme(), params.get("rows").unwrap().scales.len()), (Scheme::Int8, 12));
-    says(decode::params(&schema, &[batch.slice(1, 1)]), &["Layer 'groups' has ranges of groups"]);
 }
