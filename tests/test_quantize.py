@@ -114,6 +114,14 @@ def test_plain_columns_are_quantized_when_they_are_named(q):
     assert decoded[2] == -3.0
 
 
+def test_nan_of_pandas_is_null_and_of_others_an_error(q):
+    values = [1.0, float("nan"), -3.0]
+    r = q.quantize(pd.DataFrame({"price": values}), columns=["price"])
+    assert r.dequantize().column("price").to_pylist()[1] is None
+    with pytest.raises(InvalidInputError, match="column 'price' row 1 contains NaN or Inf"):
+        q.quantize(pl.DataFrame({"price": values}), columns=["price"])
+
+
 def test_null_vectors_stay_null(q):
     x = vectors(3, 4)
     column = pa.array([x[0].tolist(), None, x[2].tolist()], pa.list_(pa.float32(), 4))
