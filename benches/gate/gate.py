@@ -1,9 +1,9 @@
 """Instructions per value of the hot kernels, counted by callgrind and held against those in figures.json.
 
 Instructions do not depend on what else the machine does, so this can be a gate where times cannot. Figures
-belong to one compiler: another one makes other code. Callgrind runs what valgrind's own CPU has, which is AVX2
-and, up to valgrind 3.19 at least, not AVX-512: each figure says which path it is of, and paths that are not
-counted are named.
+belong to one compiler: another one makes other code. Callgrind runs what valgrind's own CPU has, which is
+AVX2 and, up to valgrind 3.19 at least, not AVX-512: each figure says which path it is of, and paths that are
+not counted are named.
 
 ``python benches/gate/gate.py`` compares, ``--update`` writes the figures anew.
 """
@@ -111,7 +111,8 @@ def compare(figures: dict, counted: Counted) -> tuple[list[str], list[str]]:
     kept = figures["instructions_per_value"]
     for path in sorted(kept.keys() | counted.figures.keys()):
         if path not in counted.figures or path not in kept:
-            notes.append(f"{path}: not compared, valgrind runs it only {'here' if path not in kept else 'there'}")
+            where = "where the figures were made" if path in kept else "here"
+            notes.append(f"{path}: not compared, valgrind runs it only {where}")
             continue
         before, now = kept[path], counted.figures[path]
         for case in sorted(before.keys() | now.keys()):

@@ -1,9 +1,17 @@
 //! From codes back to values: `(q - zero_point) * scale`.
 
-use crate::layout::{Granularity, Layout};
+use crate::layout::{Granularity, Layout, Piece};
 use crate::packing::take;
+use crate::path::groups::{Coded, code_bytes};
 use crate::path::{Kernels, TILE};
 use crate::scheme::{Affine, ZeroPoints};
+use crate::values::FloatType;
+
+/// Runs of this many values or more are written past the cache.
+const STREAM_FROM: usize = 1 << 20;
+
+/// Groups that a path is given at most at once.
+const BATCH: usize = 64;
 
 /// Values of the codes of `[first, first + out.len())`.
 ///
@@ -104,9 +112,15 @@ impl<'a> Decoder<'a> {
         let bits = self.affine.bits;
         let stored = self.layout.stored_bits(bits);
         let start = self.first + from as u64;
+        let stream = out.len() >= STREAM_FROM;
         for piece in layout.pieces(start, out.len(), bits) {
             let mut at = 0;
             while at < piece.len {
+                let run = self.groups(&piece, at, &mut out[piece.at + at..piece.at + piece.len], stream);
+                if run > 0 {
+                    at += run;
+                    continue;
+                }
                 let col = piece.col + at as u64;
                 let mut n = (piece.len - at).min(TILE);
                 if layout.granularity == Granularity::Group {
@@ -140,5 +154,46 @@ impl<'a> Decoder<'a> {
                 at += n;
             }
         }
+    }
+
+    /// As many values as the path takes on its own from offset `at` of a piece on: groups that begin on bytes, or what is
+    /// left of one.
+    fn groups(&self, piece: &Piece, at: usize, out: &mut [f32], stream: bool) -> usize {
+        let stored = self.layout.stored_bits(self.affine.bits);
+        if !self.kernels.takes(FloatType::F32) || !matches!(stored, 4 | 8) {
+            return 0;
+        }
+        let (left, col) = (piece.len - at, piece.col + at as u64);
+        let (len, count) = match self.joined.granularity {
+            Granularity::Dimension => return 0,
+            Granularity::Group => {
+                let rest = self.joined.group - col % self.joined.group;
+                let len = usize::try_from(rest).map_or(left, |rest| rest.min(left));
+                let whole = len as u64 == self.joined.group && (len * usize::from(stored)).is_multiple_of(8);
+                (len, if whole { (left / len).min(BATCH) } else { 1 })
+            }
+            _ => (left, 1),
+        };
+        let element = piece.row * self.joined.k + col;
+        let bit = self.joined.code_bit(element, self.affine.bits) as usize - self.base_bit;
+        if !bit.is_multiple_of(8) {
+            return 0;
+        }
+        let param = (self.joined.param_index(element) - self.base_param) as usize;
+        let mut zeros = [0; BATCH];
+        for (i, zero) in zeros.iter_mut().enumerate().take(count) {
+            *zero = self.zero_points.get(param + i);
+        }
+        let taken = self.kernels.decode_groups(Coded {
+            codes: &self.codes[bit / 8..bit / 8 + code_bytes(count * len, stored)],
+            stored,
+            signed: self.affine.signed,
+            len,
+            scales: &self.scales[param..param + count],
+            zero_points: &zeros[..count],
+            out: &mut out[..count * len],
+            stream,
+        });
+        if taken { count * len } else { 0 }
     }
 }

@@ -545,6 +545,39 @@ fn large_chunks_give_the_same_on_every_path() {
     }
 }
 
+/// Outputs so large that values are written past the cache, to places of all alignments.
+#[test]
+fn large_outputs_are_the_same_on_every_path() {
+    let n = (1usize << 20) + 4096;
+    for (scheme, mapping) in SCHEMES {
+        let affine = Affine::new(scheme, Some(mapping)).expect("a combination of the table");
+        for (granularity, group) in
+            [(Granularity::Group, 128), (Granularity::Group, 100), (Granularity::Tensor, 0)]
+        {
+            let (rows, k) = (n as u64 / 2048, 2048);
+            let layout = Layout { rows, k, group, granularity, pad_rows: true, packed: true };
+            let params = layout.n_params() as usize;
+            let codes: Vec<u8> =
+                (0..layout.code_bytes(affine.bits)).map(|i| (i * 167 + i / 251) as u8).collect();
+            let scales: Vec<f32> = (0..params).map(|i| 0.37 + (i % 17) as f32).collect();
+            let zeros: Vec<i32> = (0..params).map(|i| i as i32 % 5).collect();
+            let mut all = Vec::new();
+            for (kernels, shift) in Kernels::all().into_iter().flat_map(|k| [(k, 0), (k, 1), (k, 4)]) {
+                let mut out = vec![f32::NAN; n + 32];
+                let from = out.as_ptr().align_offset(64) + shift;
+                let zeros = ZeroPoints::I32(&zeros);
+                kernels.decode(&codes, 0, &layout, &affine, &scales, zeros, &mut out[from..from + n]);
+                assert!(out[..from].iter().chain(&out[from + n..]).all(|v| v.is_nan()));
+                all.push(out[from..from + n].to_vec());
+            }
+            assert!(
+                all.windows(2).all(|pair| pair[0] == pair[1]),
+                "{scheme} {mapping} {granularity} {group}"
+            );
+        }
+    }
+}
+
 /// Zero points outside the codes and scales whose reciprocal is infinite: nothing that a path takes on by itself.
 #[test]
 fn extreme_parameters_give_the_reference() {

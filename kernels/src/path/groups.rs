@@ -1,5 +1,6 @@
 //! What the hand-written paths take on, straight from the source: runs of whole groups, and runs of columns.
 
+use crate::metrics::Sums;
 use crate::path::TileRange;
 use crate::scheme::Affine;
 use crate::values::Values;
@@ -12,6 +13,8 @@ pub(crate) struct Hand {
     pub(crate) columns: unsafe fn(&mut Columns<'_>) -> Option<u64>,
     pub(crate) range: unsafe fn(Values<'_>) -> TileRange,
     pub(crate) widen: unsafe fn(&mut Widen<'_>) -> bool,
+    pub(crate) decode: unsafe fn(&mut Coded<'_>),
+    pub(crate) sums: unsafe fn(&[f32], &[f32]) -> Sums,
 }
 
 /// Adjoining groups: values in, codes and parameters out. The lengths of `scales` and `zero_points` are the number
@@ -71,4 +74,21 @@ pub(crate) struct Widen<'a> {
     pub(crate) min: &'a mut [f32],
     /// One a value.
     pub(crate) max: &'a mut [f32],
+}
+
+/// Adjoining groups: codes and parameters in, values out. The lengths of `scales` and `zero_points` are the number of
+/// groups.
+pub(crate) struct Coded<'a> {
+    /// Of all groups; each begins on a byte.
+    pub(crate) codes: &'a [u8],
+    /// 8 or 4.
+    pub(crate) stored: u8,
+    pub(crate) signed: bool,
+    /// Values of one group.
+    pub(crate) len: usize,
+    pub(crate) scales: &'a [f32],
+    pub(crate) zero_points: &'a [i32],
+    pub(crate) out: &'a mut [f32],
+    /// Whether so much is written that it had better not pass through the cache.
+    pub(crate) stream: bool,
 }

@@ -4,7 +4,7 @@
 use std::sync::OnceLock;
 
 use crate::metrics::Sums;
-use crate::path::groups::{Columns, Done, Groups, Hand, Widen, code_bytes};
+use crate::path::groups::{Coded, Columns, Done, Groups, Hand, Widen, code_bytes};
 use crate::scheme::{Affine, Arith, Range};
 use crate::values::{FloatType, Values};
 
@@ -75,7 +75,6 @@ pub struct Kernels {
     decode_columns: DecodeColumns,
     pack: unsafe fn(&[u8], &mut [u8], u8),
     unpack: unsafe fn(&[u8], &mut [u8], u8, bool),
-    sums: unsafe fn(&[f32], &[f32]) -> Sums,
 }
 
 /// Asks for the lines one page ahead of those about to be read: the hardware's own prefetchers stop at every page.
@@ -165,11 +164,6 @@ macro_rules! versions {
         fn unpack(bytes: &[u8], codes: &mut [u8], bits: u8, signed: bool) {
             portable::unpack(bytes, codes, bits, signed);
         }
-
-        $(#[target_feature(enable = $feature)])?
-        fn sums(x: &[f32], y: &[f32]) -> crate::metrics::Sums {
-            crate::path::sums::sum_block(x, y)
-        }
     };
 }
 pub(crate) use versions;
@@ -190,7 +184,6 @@ mod baseline {
         decode_columns,
         pack,
         unpack,
-        sums,
     };
 }
 
@@ -329,10 +322,26 @@ impl Kernels {
         unsafe { (self.unpack)(bytes, codes, bits, signed) }
     }
 
-    /// Sums over as many values and decoded values, all finite; their number is left to the caller.
+    /// Values of adjoining groups whose codes begin on bytes and take 8 or 4 bits; `false` where the path has no way of
+    /// its own.
+    pub(crate) fn decode_groups(&self, mut run: Coded<'_>) -> bool {
+        let Some(hand) = self.hand else { return false };
+        let n = run.scales.len();
+        assert!(run.zero_points.len() == n && run.out.len() == n * run.len && matches!(run.stored, 4 | 8));
+        assert!(n < 2 || (run.len * usize::from(run.stored)).is_multiple_of(8));
+        assert!(run.codes.len() == code_bytes(n * run.len, run.stored));
+        // SAFETY: codes and outputs were measured above; features were detected.
+        unsafe { (hand.decode)(&mut run) };
+        true
+    }
+
+    /// Sums over as many values and decoded values; how many they are is left to the caller.
     pub(crate) fn sums(&self, x: &[f32], y: &[f32]) -> Sums {
-        // SAFETY: features were detected.
-        unsafe { (self.sums)(x, y) }
+        match self.hand {
+            // SAFETY: features were detected.
+            Some(hand) => unsafe { (hand.sums)(x, y) },
+            None => sums::sum_block(x, y),
+        }
     }
 }
 

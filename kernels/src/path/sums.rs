@@ -1,10 +1,11 @@
-//! Sums over a block of values and their decoded codes, as a plain loop that every path compiles for itself.
+//! Sums over a block of values and their decoded codes, as a plain loop. Paths that have a loop of their
+//! own keep to its order.
 
 use crate::metrics::Sums;
 
 /// Partial sums kept apart inside a block, and added in their order at its end: so every path adds in the same order.
 /// Element i of a block belongs to the sum `i % LANES`.
-const LANES: usize = 8;
+pub(super) const LANES: usize = 8;
 
 /// The sums of a block; `n` is left to the caller.
 #[inline(always)]
@@ -33,6 +34,18 @@ pub(super) fn sum_block(x: &[f32], y: &[f32]) -> Sums {
     for (i, (&x, &y)) in x_rest.iter().zip(y_rest).enumerate() {
         add(i, x, y);
     }
+    finish(signal, noise, dot, decoded, worst)
+}
+
+/// The partial sums of a block, added in their order.
+#[inline(always)]
+pub(super) fn finish(
+    signal: [f64; LANES],
+    noise: [f64; LANES],
+    dot: [f64; LANES],
+    decoded: [f64; LANES],
+    worst: [f64; LANES],
+) -> Sums {
     let total = |lanes: [f64; LANES]| lanes.iter().sum();
     Sums {
         n: 0,

@@ -39,7 +39,6 @@ mod loops_avx2 {
         decode_columns,
         pack,
         unpack,
-        sums,
     };
 }
 
@@ -58,6 +57,5 @@ mod loops_avx512 {
         decode_columns,
         pack,
         unpack,
-        sums,
     };
 }

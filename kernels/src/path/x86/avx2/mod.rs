@@ -3,8 +3,10 @@
 //! As in the AVX-512 paths, values that change while they are read can only change codes.
 
 mod columns;
+mod decode;
 mod groups;
 mod lanes;
+mod sums;
 
 use crate::path::groups::Hand;
 
@@ -13,4 +15,6 @@ pub(super) static HAND: Hand = Hand {
     columns: columns::columns,
     range: groups::range_of,
     widen: columns::widen,
+    decode: decode::decode,
+    sums: sums::sums,
 };

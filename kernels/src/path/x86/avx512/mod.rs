@@ -4,8 +4,10 @@
 //! results are clamped or masked, so nothing else can come of it.
 
 mod columns;
+mod decode;
 mod groups;
 mod lanes;
+mod sums;
 
 use crate::path::groups::Hand;
 
@@ -14,4 +16,6 @@ pub(super) static HAND: Hand = Hand {
     columns: columns::columns,
     range: groups::range_of,
     widen: columns::widen,
+    decode: decode::decode,
+    sums: sums::sums,
 };
