@@ -253,11 +253,13 @@ impl Lanes {
         let opened = loop {
             match Lane::open(link, window, clock) {
                 // The daemon waits for a window's memory for a while; this call may have longer.
-                Err(ClientError::Refused(failure)) if failure.code == ErrorCode::Deadline => match clock.check() {
-                    Some(Stop::Interrupted) => break Err(clock.error(Stop::Interrupted)),
-                    None if clock.deadline().is_none_or(|deadline| Instant::now() < deadline) => {}
-                    _ => break Err(ClientError::Refused(failure)),
-                },
+                Err(ClientError::Refused(failure)) if failure.code == ErrorCode::Deadline => {
+                    match clock.check() {
+                        Some(Stop::Interrupted) => break Err(clock.error(Stop::Interrupted)),
+                        None if clock.deadline().is_none_or(|deadline| Instant::now() < deadline) => {}
+                        _ => break Err(ClientError::Refused(failure)),
+                    }
+                }
                 opened => break opened,
             }
         };
