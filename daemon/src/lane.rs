@@ -161,7 +161,7 @@ fn make_window(
     let size = size.next_multiple_of(4096).min(hub.config.max_window);
     let mut current = Current::new(hub, lane, port, request);
     let patience = Some(Instant::now() + WINDOW_PATIENCE);
-    let Room::New(growth) = grow(&mut current, size, Kind::Window, patience)? else {
+    let Room::New(growth) = grow(&mut current, size, false, patience)? else {
         return Err(Trouble::Lost);
     };
     let (id, memory) = hub.make_segment(Kind::Window, size)?;
@@ -308,11 +308,11 @@ pub(crate) enum Room<'a> {
     New(Growth<'a>),
 }
 
-/// Waits until `bytes` of shared memory may be made, or for a result until the session's pool has them.
+/// Waits until `bytes` of shared memory may be made, or, if they may come `from_pool`, until the session's pool has them.
 pub(crate) fn grow<'a>(
     current: &mut Current<'a, '_>,
     bytes: u64,
-    kind: Kind,
+    from_pool: bool,
     deadline: Option<Instant>,
 ) -> Result<Room<'a>, Trouble> {
     let hub = current.hub;
@@ -325,7 +325,7 @@ pub(crate) fn grow<'a>(
         let verdict = {
             let mut books = hub.books();
             books.account(turn.asked.session)?;
-            if kind == Kind::Result
+            if from_pool
                 && books.is_first(&turn.asked)
                 && let Some(taken) = books.take_pooled(turn.asked.session, bytes)?
             {

@@ -72,7 +72,7 @@ pub(crate) fn quantize(
         }
     };
 
-    let filling = allocate(current, plan.result_bytes(), deadline)?;
+    let filling = allocate(current, plan.result_bytes(), flight.is_some(), deadline)?;
     let job = Job::new(plan.clone(), window.memory.clone(), filling.taken.memory.clone(), 0)?;
     let job = Arc::new(job);
     run(current, &plan, &job)?;
@@ -184,6 +184,9 @@ impl Drop for Waiting<'_> {
 
 // Memory.
 
+/// Segments are whole pages.
+const PAGE: u64 = 4096;
+
 /// A segment that a job fills: goes back, unseen by anybody, unless it is finished.
 struct Filling<'a> {
     hub: &'a Hub,
@@ -203,17 +206,20 @@ impl Drop for Filling<'_> {
 fn allocate<'a>(
     current: &mut Current<'a, '_>,
     bytes: u64,
+    named: bool,
     deadline: Option<Instant>,
 ) -> Result<Filling<'a>, Trouble> {
     let hub = current.hub;
     let session = current.lane.session.id;
-    let Some(size) = class_of(bytes) else {
+    // A dataset stays and is never recycled: it gets memory of its own size, not a class's, nor a larger free segment.
+    let size = if named { Some(bytes.next_multiple_of(PAGE)) } else { class_of(bytes) };
+    let Some(size) = size else {
         return Err(Trouble::new(ErrorCode::NoRoom, format!("a result of {bytes} bytes cannot exist"), ""));
     };
-    let pooled = hub.books().take_pooled(session, size)?;
+    let pooled = if named { None } else { hub.books().take_pooled(session, size)? };
     let taken = match pooled {
         Some(taken) => taken,
-        None => match grow(current, size, Kind::Result, deadline)? {
+        None => match grow(current, size, !named, deadline)? {
             Room::Own(taken) => taken,
             Room::New(growth) => {
                 let (id, memory) = hub.make_segment(Kind::Result, size)?;

@@ -237,6 +237,20 @@ fn names_are_made_once_shared_replaced_and_dropped() {
 }
 
 #[test]
+fn a_dataset_takes_no_more_than_its_own_size() {
+    let daemon = daemon(|_| {});
+    let client = Client::new(&daemon);
+    let mut lane = client.lane(&daemon, 0);
+    // A free segment that is larger waits in the pool.
+    let (free, _) = lane.quantize(&layer(3 << 20)).unwrap();
+    lane.releases.push(released(&free, false));
+    lane.named = naming("small", 1, false);
+    let (made, _) = lane.quantize(&layer(2 << 20)).unwrap();
+    assert_ne!(made.extent.segment, free.extent.segment);
+    assert!(made.segment_size - made.extent.length < 4096, "{made:?}");
+}
+
+#[test]
 fn requests_for_one_name_at_a_time_give_one_dataset() {
     let daemon = daemon(|_| {});
     let observer = &mut Client::new(&daemon);
