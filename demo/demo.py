@@ -144,10 +144,11 @@ def checksum(r) -> int:
 
 def segment_pss(pid: int, r) -> int:
     """Proportional set size, in bytes, of the result's segment in one process (/proc/PID/smaps)."""
+    name = re.compile(re.escape(r.segment_name) + r"(?![0-9])")
     total, inside = 0, False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if re.match(r"^[0-9a-f]+-[0-9a-f]+ ", line):
-            inside = r.segment_name in line
+            inside = name.search(line) is not None
         elif inside and line.startswith("Pss:"):
             total += int(line.split()[1]) * 1024
     return total
