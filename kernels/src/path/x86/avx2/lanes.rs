@@ -166,6 +166,13 @@ fn in_order(bytes: __m256i) -> __m256i {
     _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
 }
 
+/// The codes of rounded quotients that fit signed bytes, in order.
+#[inline]
+#[target_feature(enable = "avx2,f16c,popcnt")]
+pub(super) fn plain([a, b, c, d]: [__m256i; 4]) -> __m256i {
+    in_order(_mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d)))
+}
+
 /// Two codes a byte.
 #[inline]
 #[target_feature(enable = "avx2,f16c,popcnt")]

@@ -5,12 +5,16 @@
 use std::arch::x86_64::*;
 
 use super::lanes::{
-    BF16, Clamp, F16, F32, finite, load_block, load64, prefetch, size, store, store_part, top_of, whole,
+    BF16, Clamp, F16, F32, finite, load_block, load64, plain, prefetch, size, store, store_part, top_of,
+    whole,
 };
 use crate::path::TileRange;
 use crate::path::groups::{Done, Groups, code_bytes};
 use crate::scheme::{Arith, Mapping, Range};
 use crate::values::{FloatType, Values};
+
+/// Values whose ranges are sought before the first of their codes: they stay in the nearest cache.
+const AHEAD: usize = 4096;
 
 /// Quantizes groups; the [`crate::path::Kernels`] entry.
 #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
@@ -53,63 +57,37 @@ fn by_bits<const D: u8>(run: &mut Groups<'_>) -> Done {
 
 #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
 fn each<const D: u8, const STORED: usize, const GIVEN: bool>(run: &mut Groups<'_>) -> Done {
-    let rule = run.affine.rule();
-    let symmetric = run.affine.mapping == Mapping::Symmetric;
-    let recip = run.affine.arith == Arith::Recip;
-    let (len, stride) = (run.len, code_bytes(run.len, run.stored));
+    let (n, len, stride) = (run.scales.len(), run.len, code_bytes(run.len, run.stored));
     let aligned = (run.codes.as_ptr() as usize | stride).is_multiple_of(8 * STORED);
     let stream = run.stream && aligned;
+    // A scale of the group's own leaves nothing to clip in -127..=127: |x / s| < 127.5.
+    let exact = !GIVEN && STORED == 8 && run.affine.mapping == Mapping::Symmetric && run.affine.qmin == -127;
+    let ahead = if GIVEN { n } else { (AHEAD / len).clamp(1, 16) };
     let mut clamp = Clamp::new(run.affine.qmin, run.affine.qmax);
     let mut done = Done::default();
-    let params = run.scales.iter_mut().zip(run.zero_points.iter_mut());
-    for (codes, (scale, zero_point)) in run.codes.chunks_exact_mut(stride).zip(params) {
-        // SAFETY: `Groups` promises `len` readable values for each of its groups, and `codes` has room for theirs.
-        unsafe {
-            let from = run.values.as_ptr().add(done.groups * len * size(D));
-            if !GIVEN {
-                let range =
-                    if symmetric { range::<D, true>(from, len) } else { range::<D, false>(from, len) };
-                let Some((s, z, degenerate)) = range.and_then(|range| rule.params(range)) else { break };
-                (*scale, *zero_point) = (s, z);
-                done.degenerate += u64::from(degenerate);
-            }
-            let factor = _mm512_set1_ps(if recip { 1.0 / *scale } else { *scale });
-            let zero = _mm512_set1_epi16(*zero_point as i16);
-            let out = codes.as_mut_ptr();
+    'all: while done.groups < n {
+        let batch = ahead.min(n - done.groups);
+        let ready = if GIVEN { batch } else { find_params::<D>(run, &mut done, batch) };
+        for _ in 0..ready {
             let before = clamp.clipped;
-            let mut top = _mm512_setzero_si512();
-            let mut at = 0;
-            while at + 64 <= len {
-                let place = from.add(at * size(D));
-                let x = load64::<D>(place);
-                if GIVEN {
-                    prefetch::<D>(place);
-                    top = top_of(top_of(top_of(top_of(top, x[0]), x[1]), x[2]), x[3]);
-                }
-                let bytes = clamp.codes::<STORED>(divided(x, factor, recip), zero);
-                store::<STORED>(bytes, out.add(at * STORED / 8), stream);
-                at += 64;
-            }
-            if at < len {
-                let x = load_block::<D>(from.add(at * size(D)), len - at);
-                if GIVEN {
-                    top = top_of(top_of(top_of(top_of(top, x[0]), x[1]), x[2]), x[3]);
-                }
-                let bytes = if len - at <= 32 {
-                    let zeros = _mm512_setzero_si512();
-                    let w = halves([x[0], x[1]], factor, recip);
-                    clamp.codes::<STORED>([w[0], w[1], zeros, zeros], zero)
+            let codes = run.codes[done.groups * stride..][..stride].as_mut_ptr();
+            // SAFETY: `Groups` promises `len` readable values for each of its groups, and `codes` has room for theirs.
+            let finite = unsafe {
+                if exact {
+                    encode::<D, STORED, GIVEN, true>(run, done.groups, codes, stream, &mut clamp)
                 } else {
-                    clamp.codes::<STORED>(divided(x, factor, recip), zero)
-                };
-                store_part::<STORED>(bytes, len - at, out.add(at * STORED / 8));
-            }
-            if GIVEN && !finite(top) {
+                    encode::<D, STORED, GIVEN, false>(run, done.groups, codes, stream, &mut clamp)
+                }
+            };
+            if GIVEN && !finite {
                 clamp.clipped = before;
-                break;
+                break 'all;
             }
+            done.groups += 1;
         }
-        done.groups += 1;
+        if ready < batch {
+            break;
+        }
     }
     done.clipped = clamp.clipped;
     if stream {
@@ -117,6 +95,87 @@ fn each<const D: u8, const STORED: usize, const GIVEN: bool>(run: &mut Groups<'_
         _mm_sfence();
     }
     done
+}
+
+/// Parameters of up to `batch` groups after those done; of how many they were found. Several groups at a time: one's
+/// parameters then need not wait for its range, nor its codes for them.
+#[inline]
+#[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
+fn find_params<const D: u8>(run: &mut Groups<'_>, done: &mut Done, batch: usize) -> usize {
+    let rule = run.affine.rule();
+    let symmetric = run.affine.mapping == Mapping::Symmetric;
+    let mut ranges = [Range::EMPTY; 16];
+    let mut found = 0;
+    for at in ranges.iter_mut().take(batch) {
+        // SAFETY: `Groups` promises `len` readable values for each of its groups.
+        let range = unsafe {
+            let from = run.values.as_ptr().add((done.groups + found) * run.len * size(D));
+            if symmetric { range::<D, true>(from, run.len) } else { range::<D, false>(from, run.len) }
+        };
+        let Some(range) = range else { break };
+        *at = range;
+        found += 1;
+    }
+    for (i, range) in ranges.iter().enumerate().take(found) {
+        let Some((scale, zero_point, degenerate)) = rule.params(*range) else { return i };
+        run.scales[done.groups + i] = scale;
+        run.zero_points[done.groups + i] = zero_point;
+        done.degenerate += u64::from(degenerate);
+    }
+    found
+}
+
+/// Codes of one group; whether its values are finite, where its parameters are given.
+///
+/// # Safety
+/// `out` has room for them.
+#[inline]
+#[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
+unsafe fn encode<const D: u8, const STORED: usize, const GIVEN: bool, const EXACT: bool>(
+    run: &Groups<'_>,
+    group: usize,
+    out: *mut u8,
+    stream: bool,
+    clamp: &mut Clamp,
+) -> bool {
+    let (len, recip) = (run.len, run.affine.arith == Arith::Recip);
+    let (scale, zero_point) = (run.scales[group], run.zero_points[group]);
+    let factor = _mm512_set1_ps(if recip { 1.0 / scale } else { scale });
+    let zero = _mm512_set1_epi16(zero_point as i16);
+    let mut top = _mm512_setzero_si512();
+    let mut at = 0;
+    // SAFETY: `Groups` promises `len` readable values for each of its groups; `out` by contract.
+    unsafe {
+        let from = run.values.as_ptr().add(group * len * size(D));
+        while at + 64 <= len {
+            let place = from.add(at * size(D));
+            let x = load64::<D>(place);
+            if GIVEN {
+                prefetch::<D>(place);
+                top = top_of(top_of(top_of(top_of(top, x[0]), x[1]), x[2]), x[3]);
+            }
+            let whole = divided(x, factor, recip);
+            let bytes = if EXACT { plain(whole) } else { clamp.codes::<STORED>(whole, zero) };
+            store::<STORED>(bytes, out.add(at * STORED / 8), stream);
+            at += 64;
+        }
+        if at < len {
+            let x = load_block::<D>(from.add(at * size(D)), len - at);
+            if GIVEN {
+                top = top_of(top_of(top_of(top_of(top, x[0]), x[1]), x[2]), x[3]);
+            }
+            let whole = if len - at <= 32 {
+                let zeros = _mm512_setzero_si512();
+                let [a, b] = halves([x[0], x[1]], factor, recip);
+                [a, b, zeros, zeros]
+            } else {
+                divided(x, factor, recip)
+            };
+            let bytes = if EXACT { plain(whole) } else { clamp.codes::<STORED>(whole, zero) };
+            store_part::<STORED>(bytes, len - at, out.add(at * STORED / 8));
+        }
+    }
+    !GIVEN || finite(top)
 }
 
 #[inline]
@@ -162,11 +221,11 @@ unsafe fn range<const D: u8, const SYMMETRIC: bool>(from: *const u8, len: usize)
         at += 64;
     }
     let top = _mm512_max_epu32(_mm512_max_epu32(top[0], top[1]), _mm512_max_epu32(top[2], top[3]));
-    let top = _mm512_reduce_max_epu32(top);
-    if top >= 0x7f80_0000 {
+    if !finite(top) {
         return None;
     }
     if SYMMETRIC {
+        let top = _mm512_reduce_max_epu32(top);
         return Some(Range { min: 0.0, max: f32::from_bits(top) });
     }
     let min = _mm512_min_ps(_mm512_min_ps(min[0], min[1]), _mm512_min_ps(min[2], min[3]));

@@ -147,10 +147,23 @@ impl Clamp {
         } else {
             _mm512_packs_epi16(low, high)
         };
-        // The packs work inside 128-bit lanes: lane l holds dword l of a, b, c and d.
-        let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        _mm512_permutexvar_epi32(order, bytes)
+        in_order(bytes)
     }
+}
+
+/// The packs work inside 128-bit lanes: lane l holds dword l of four vectors.
+#[inline]
+#[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
+fn in_order(bytes: __m512i) -> __m512i {
+    let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_permutexvar_epi32(order, bytes)
+}
+
+/// The codes of rounded quotients that fit signed bytes, in order.
+#[inline]
+#[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
+pub(super) fn plain([a, b, c, d]: [__m512i; 4]) -> __m512i {
+    in_order(_mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)))
 }
 
 /// Two codes a byte.
