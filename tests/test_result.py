@@ -36,7 +36,7 @@ def mapped(segment: str) -> list[tuple[int, int, str]]:
     """Start, end and permissions of this process's mappings of a segment."""
     found = []
     for line in Path("/proc/self/maps").read_text().splitlines():
-        if segment in line:
+        if re.search(re.escape(segment) + r"(?!\d)", line):
             start, end, permissions = re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+)", line).groups()
             found.append((int(start, 16), int(end, 16), permissions))
     return found
