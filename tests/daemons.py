@@ -17,7 +17,8 @@ class Daemon:
     def __init__(self, address: Path, *options: str) -> None:
         self.address = str(address)
         self.process = subprocess.Popen(
-            [*start_prefix(), "serve", "--address", self.address, *options],
+            # Should the tests be killed, it does not stay for ever.
+            [*start_prefix(), "serve", "--address", self.address, "--idle-exit", "600s", *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
