@@ -88,8 +88,12 @@ impl Primary {
             waiting.calls.insert(request, sender);
         }
         let reply = self.exchange(message, request, &receiver, what, clock);
-        if reply.is_err() {
+        if let Err(error) = &reply {
             lock(&self.waiting).calls.remove(&request);
+            // The reading thread may not have seen the end yet, and the next call must not find this connection again.
+            if matches!(error, ClientError::Lost { .. }) {
+                self.fail();
+            }
         }
         match reply?.into_result() {
             Err(ClientError::Protocol(text)) => {

@@ -1,0 +1,201 @@
+//! The daemon is killed at every step: clients get an error and the next daemon, readers keep their bytes.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::Path;
+use std::sync::mpsc;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use shmquant_protocol::client::{ClientError, Held, Options, Session, StartCommand};
+use shmquant_protocol::failpoint;
+
+use crate::layers::Layers;
+use crate::life::{LARGE, check, live, session};
+use crate::place::{OPTIONS, PATIENCE, Place, Served, Witness, program, wait_until};
+
+/// Rounds of life in which a daemon has to come by any of its failpoints.
+const ROUNDS: u64 = 10;
+
+/// Starts daemons that can be armed while they run, by the file `arm`.
+fn start_command(place: &Place, backing: &str) -> StartCommand {
+    let mut args: Vec<OsString> =
+        vec![format!("{}=@{}", failpoint::VARIABLE, place.path("arm").display()).into()];
+    // Should the test fail, they end by themselves.
+    let words = [program(), "serve", "--detached", "--idle-exit", "20s", "--backing", backing];
+    args.extend(words.iter().chain(OPTIONS).map(Into::into));
+    StartCommand { program: "/usr/bin/env".into(), args }
+}
+
+fn stat(session: &Session) -> Value {
+    serde_json::from_str(&session.stat().unwrap()).unwrap()
+}
+
+fn pid_of(session: &Session) -> i32 {
+    stat(session)["pid"].as_i64().unwrap().try_into().unwrap()
+}
+
+fn is_alive(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
+
+fn wait_for_end(pid: i32) {
+    wait_until("the daemon ends", || if is_alive(pid) { Err(format!("{pid} is alive")) } else { Ok(()) });
+}
+
+/// Names in `/dev/shm` of one daemon.
+fn left_in_shm(instance: u64) -> Vec<String> {
+    let entries = fs::read_dir("/dev/shm").unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    entries.filter(|name| name.contains(&format!("{instance:016x}"))).collect()
+}
+
+/// Lives and lives until the daemon dies; its error, or `None` if it came by no failpoint.
+fn live_until_it_dies(path: &Path, hit: &Path) -> Option<ClientError> {
+    for round in 0..ROUNDS {
+        let session = session(path, None);
+        let ended = live(&session, round, None, &|_| {});
+        // Ending is a part of life, and has failpoints of its own.
+        session.close();
+        if let Err(error) = ended {
+            return Some(error);
+        }
+        if hit.exists() {
+            // It died after the last answer; whoever asks now hears of it.
+            return session_error(path);
+        }
+    }
+    None
+}
+
+fn session_error(path: &Path) -> Option<ClientError> {
+    let mut error = None;
+    wait_until("nobody answers", || {
+        error = session(path, None).ping().err();
+        if error.is_some() { Ok(()) } else { Err("somebody answers".to_owned()) }
+    });
+    error
+}
+
+/// Kills daemon after daemon, each at one of the names.
+fn kill_at(backing: &str, names: &[&str]) {
+    let place = Place::new();
+    let (path, arm) = (place.socket(), place.path("arm"));
+    let hit = place.path("arm.hit");
+    let own = session(&path, Some(start_command(&place, backing)));
+    let mut held_before: Vec<Witness> = Vec::new();
+    for name in names {
+        let witness = Witness::new(own.clone());
+        let large: Held = own.quantize(&Layers::new(LARGE), &Options::default()).unwrap().held;
+        own.publish(&large, "kept", false).unwrap();
+        let (pid, instance) = (pid_of(&own), own.connect().unwrap().instance);
+
+        // Renamed into its place, so that no half of it can be read.
+        fs::write(place.path("arming"), name).unwrap();
+        fs::rename(place.path("arming"), &arm).unwrap();
+        let (send, receive) = mpsc::channel();
+        let lives = {
+            let (path, hit) = (path.clone(), hit.clone());
+            std::thread::spawn(move || send.send(live_until_it_dies(&path, &hit)))
+        };
+        let error = receive.recv_timeout(PATIENCE).unwrap_or_else(|e| panic!("{name}: a client hangs: {e}"));
+        lives.join().unwrap().unwrap();
+        let error = error.unwrap_or_else(|| panic!("{name}: no daemon came by it"));
+        let typed = matches!(error, ClientError::Lost { .. } | ClientError::Connect { .. });
+        assert!(typed, "{name}: {error} ({error:?})");
+        assert_eq!(fs::read_to_string(&hit).unwrap(), *name);
+        fs::remove_file(&hit).unwrap();
+        wait_for_end(pid);
+
+        // Who reads goes on reading.
+        witness.check();
+        check(&large, LARGE);
+        if backing == "memfd" {
+            assert_eq!(left_in_shm(instance), Vec::<String>::new(), "{name}");
+        }
+        let mut left: Vec<_> =
+            fs::read_dir(place.path("run")).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        let known = ["shmquant.log", "shmquant.sock", "shmquant.sock.lock", "shmquant.sock.start"];
+        assert!(left.iter().all(|file| known.iter().any(|k| file == k)), "{name}: {left:?}");
+
+        // The next call starts the next daemon, which knows nothing of the last one.
+        own.ping().or_else(|_| own.ping()).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_ne!(own.connect().unwrap().instance, instance, "{name}");
+        assert_eq!(left_in_shm(instance), Vec::<String>::new(), "{name}: not swept");
+        witness.check();
+        check(&large, LARGE);
+        let error = own.publish(&large, "again", false).unwrap_err();
+        assert!(matches!(error, ClientError::OtherSession { .. }), "{name}: {error}");
+        drop(large);
+        held_before.push(witness);
+        let stat = stat(&own);
+        assert_eq!(
+            (&stat["leases"], &stat["datasets"], &stat["stray_releases"]),
+            (&0.into(), &0.into(), &0.into())
+        );
+    }
+    // Through all these deaths.
+    held_before.iter().for_each(Witness::check);
+    drop(held_before);
+    let pid = pid_of(&own);
+    own.close();
+    kill(Pid::from_raw(pid), Signal::SIGTERM).unwrap();
+    wait_for_end(pid);
+}
+
+#[test]
+fn a_daemon_killed_anywhere_harms_nobody() {
+    let names: Vec<&str> = failpoint::ALL.iter().copied().filter(|n| n.starts_with("daemon.")).collect();
+    kill_at("memfd", &names);
+}
+
+#[test]
+fn what_a_killed_daemon_leaves_by_name_is_swept_by_the_next() {
+    let names = [
+        "daemon.window_made",
+        "daemon.segment_made",
+        "daemon.chunk_ended",
+        "daemon.leased",
+        "daemon.retired",
+    ];
+    kill_at("posix", &names);
+}
+
+#[test]
+fn a_second_daemon_never_harms_a_living_one() {
+    let place = Place::new();
+    let served = Served::start(place.command());
+    let witness = Witness::new(session(&place.socket(), None));
+    for _ in 0..3 {
+        let output = place.command().stderr(std::process::Stdio::piped()).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && text.contains("already serves"), "{text}");
+        assert!(!String::from_utf8_lossy(&output.stdout).contains("ready"));
+        witness.check();
+        witness.session.ping().unwrap();
+        assert_eq!(pid_of(&witness.session), served.pid().cast_signed());
+        // The address leads to it, too, not only the connection from before.
+        assert_eq!(pid_of(&session(&place.socket(), None)), served.pid().cast_signed());
+    }
+
+    // It dies, and several want its place: one gets it.
+    drop(served);
+    let mut racers: Vec<_> = (0..4).map(|_| place.command().spawn().unwrap()).collect();
+    let mut winner = None;
+    wait_until("one serves", || {
+        winner = session(&place.socket(), None).stat().ok();
+        if winner.is_some() { Ok(()) } else { Err("nobody serves".to_owned()) }
+    });
+    let pid = serde_json::from_str::<Value>(&winner.unwrap()).unwrap()["pid"].as_u64().unwrap();
+    let at = racers.iter().position(|racer| u64::from(racer.id()) == pid).unwrap();
+    let winner = Served(racers.swap_remove(at));
+    for racer in racers {
+        let output = racer.wait_with_output().unwrap();
+        assert!(!output.status.success());
+    }
+    witness.check();
+    let next = Witness::new(session(&place.socket(), None));
+    assert_eq!(pid_of(&next.session), winner.pid().cast_signed());
+}

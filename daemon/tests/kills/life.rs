@@ -1,0 +1,129 @@
+//! The whole life of a client, every step of both life cycles at least once.
+
+use std::io::Cursor;
+use std::time::{Duration, Instant};
+
+use arrow_array::cast::AsArray;
+use arrow_ipc::reader::FileReader;
+use shmquant_protocol::chunks::Chunk;
+use shmquant_protocol::client::{Address, ClientError, Config, Held, Options, Session, Source, StartCommand};
+use shmquant_protocol::descriptor::Descriptor;
+use shmquant_protocol::failpoint;
+use shmquant_protocol::message::Naming;
+
+use crate::layers::Layers;
+
+/// Layers of one small request, one round trip.
+pub(crate) const SMALL: &[u64] = &[1000, 255, 510];
+/// Layers of a request that is streamed: twice the window of 4 MiB.
+pub(crate) const LARGE: &[u64] = &[255_000; 8];
+
+/// Number and secret.
+pub(crate) type Ticket = (u64, [u8; 16]);
+
+/// A session at a socket.
+pub(crate) fn session(path: &std::path::Path, start: Option<StartCommand>) -> Session {
+    Session::new(Config { address: Address::Path(path.to_owned()), start, ..Config::default() })
+}
+
+/// The values are whole numbers from -127 to 127, so that each is its own code.
+pub(crate) fn check(held: &Held, sizes: &[u64]) {
+    let mut layer = 0;
+    for batch in FileReader::try_new(Cursor::new(held.as_slice()), None).unwrap() {
+        let batch = batch.unwrap();
+        for codes in batch.column_by_name("quantized_data").unwrap().as_binary::<i32>().iter() {
+            let codes = codes.unwrap();
+            assert_eq!(codes.len() as u64, sizes[layer]);
+            let right = |(i, code): (usize, &u8)| i16::from(code.cast_signed()) == (i % 255) as i16 - 127;
+            assert!(codes.iter().enumerate().all(right), "layer {layer}");
+            layer += 1;
+        }
+    }
+    assert_eq!(layer, sizes.len());
+}
+
+/// How often this process has come by a failpoint.
+pub(crate) fn passed(name: &str) -> u64 {
+    failpoint::passed().iter().find(|(n, _)| *n == name).map_or(0, |(_, count)| *count)
+}
+
+/// A source whose fifth chunk takes until the call has been asked whether to go on.
+struct Slow {
+    layers: Layers,
+    started: Instant,
+}
+
+impl Source for Slow {
+    fn descriptor(&self) -> &Descriptor {
+        self.layers.descriptor()
+    }
+
+    fn fill(&self, chunk: &Chunk, out: &mut [u8]) {
+        self.layers.fill(chunk, out);
+        while chunk.item >= 4 && self.started.elapsed() < Duration::from_millis(60) {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Lives once: everything a client can do, its results held, shared and given back. `say` hears what others have to know.
+pub(crate) fn live(
+    session: &Session,
+    number: u64,
+    given: Option<Ticket>,
+    say: &dyn Fn(String),
+) -> Result<(), ClientError> {
+    let answered = passed("client.unmap_answered");
+    let given = given.map(|(ticket, secret)| session.open_ticket(ticket, secret)).transpose()?;
+    say("opened".to_owned());
+    let small = session.quantize(&Layers::new(SMALL), &Options::default())?.held;
+    check(&small, SMALL);
+    let large = session.quantize(&Layers::new(LARGE), &Options::default())?.held;
+    check(&large, LARGE);
+
+    // Nothing has been given back so far: no other thread of this process can meet a failpoint while the ticket is on its way.
+    let (ticket, secret) = session.ticket(&small)?;
+    say(format!("ticket {ticket} {}", u128::from_le_bytes(secret)));
+
+    let slow = Slow { layers: Layers::new(&[255_000; 12]), started: Instant::now() };
+    let options = Options { interrupted: Some(&|| true), ..Options::default() };
+    match session.quantize(&slow, &options) {
+        Err(ClientError::Cancelled) => {}
+        Err(error) => return Err(error),
+        Ok(_) => panic!("a call that was interrupted has a result"),
+    }
+
+    let shared = session.quantize(&Layers::new(SMALL), &Options::default())?.held;
+    let first = format!("life-{number}/a");
+    session.publish(&shared, &first, false)?;
+    say("published".to_owned());
+    let naming = Naming { name: format!("life-{number}/b"), replace: false, digest: [7; 16] };
+    let options = Options { named: Some(naming), ..Options::default() };
+    let named = session.quantize(&Layers::new(SMALL), &options)?.held;
+    let opened = session.open(&first)?;
+    check(&opened, SMALL);
+    assert_eq!(opened.extent(), shared.extent());
+    say("dropping".to_owned());
+    session.drop_dataset(&first)?;
+    session.drop_dataset(&format!("life-{number}/b"))?;
+    check(&named, SMALL);
+    drop((named, opened, shared, given, small, large));
+
+    // Two lanes, and memory that is used again.
+    let both = std::thread::scope(|scope| {
+        let again = || -> Result<(), ClientError> {
+            for sizes in [SMALL, LARGE, SMALL] {
+                check(&session.quantize(&Layers::new(sizes), &Options::default())?.held, sizes);
+            }
+            Ok(())
+        };
+        let threads = [scope.spawn(again), scope.spawn(again)];
+        threads.map(|thread| thread.join().unwrap())
+    });
+    both.into_iter().collect::<Result<(), _>>()?;
+    // What was shared is unmapped when the daemon asks for it.
+    while passed("client.unmap_answered") == answered {
+        session.ping()?;
+    }
+    Ok(())
+}
