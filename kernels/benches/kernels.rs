@@ -69,6 +69,11 @@ fn cases() -> Vec<Case> {
         Case { k: 333, ..case("int4 row333", Scheme::Int4, Work::Fused(Row)) },
         Case { k: 1000, group: 100, ..case("uint4 group100", Scheme::UInt4, Work::Fused(Group)) },
         Case { group: 32, ..case("uint4 group32", Scheme::UInt4, Work::Fused(Group)) },
+        Case { group: 16, ..case("uint4 group16", Scheme::UInt4, Work::Fused(Group)) },
+        Case { group: 16, ..case("int8 group16", Scheme::Int8, Work::Fused(Group)) },
+        Case { k: 48, ..case("int8 row48", Scheme::Int8, Work::Fused(Row)) },
+        Case { group: 32, ..case("encode uint4 group32", Scheme::UInt4, Work::Encode(Group)) },
+        Case { k: 999, group: 100, ..case("uint4 group100 of 999", Scheme::UInt4, Work::Fused(Group)) },
         Case { packed: false, ..case("uint4 group128 unpacked", Scheme::UInt4, Work::Fused(Group)) },
         Case { packed: false, ..case("uint2 row unpacked", Scheme::UInt2, Work::Fused(Row)) },
         case("scan tensor", Scheme::Int8, Work::Scan(Tensor)),
@@ -232,8 +237,8 @@ fn main() {
         .map(|_| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let value = ((state >> 40) as f32 / (1 << 24) as f32 - 0.5) * 6.0;
-            // The low half is read as a bfloat16 too, and must be finite.
-            f32::from_bits(value.to_bits() & !0x4000)
+            // Both halves are read as 16-bit floats too, and shall be as large.
+            f32::from_bits(value.to_bits() & 0xffff_0000 | value.to_bits() >> 16)
         })
         .collect();
     let half = n / THREADS / CHUNK * CHUNK;

@@ -71,6 +71,8 @@ fn cases() -> Vec<Case> {
         Case { dtype: FloatType::F16, ..case(Work::Fused, Int8, Row) },
         Case { dtype: FloatType::F64, ..case(Work::Fused, Int8, Row) },
         Case { k: 1000, group: 100, ..case(Work::Fused, UInt4, Group) },
+        Case { group: 16, ..case(Work::Fused, UInt4, Group) },
+        Case { group: 32, ..case(Work::Encode, UInt4, Group) },
         Case { k: 333, ..case(Work::Fused, Int4, Row) },
         Case { packed: false, ..case(Work::Fused, UInt4, Group) },
         case(Work::Scan, Int8, Tensor),

@@ -171,6 +171,7 @@ unsafe fn encode<const D: u8, const STORED: usize, const GIVEN: bool, const EXAC
         } else if at < len {
             let x = load_block::<D>(from.add(at * size(D)), len - at);
             if GIVEN {
+                prefetch::<D>(from.wrapping_add(at * size(D)));
                 top = top_of(top_of(top_of(top_of(top, x[0]), x[1]), x[2]), x[3]);
             }
             let bytes = clamp.codes::<STORED>(divided(x, factor, recip), zero);

@@ -74,9 +74,11 @@ pub(super) unsafe fn load_block<const D: u8>(from: *const u8, n: usize) -> [__m2
 /// Asks for the lines one page ahead of the block at `from`: the hardware's prefetchers stop at every page.
 #[inline]
 #[target_feature(enable = "avx2,f16c,popcnt")]
+#[allow(unused_unsafe, reason = "the intrinsic became a safe function")]
 pub(super) fn prefetch<const D: u8>(from: *const u8) {
     for line in 0..size(D) / 2 {
-        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(4096 + 64 * line).cast());
+        // SAFETY: a prefetch never faults, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(4096 + 64 * line).cast()) };
     }
 }
 
