@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags};
+use shmquant_protocol::failpoint::failpoint;
 use shmquant_protocol::segment::{Backing, InstanceGuard, ignore_sigxfsz, sweep_stale};
 use shmquant_protocol::socket::{Connection, Listener};
 
@@ -31,7 +32,9 @@ impl Daemon {
     /// Starts a daemon that serves `config.address`.
     pub fn start(config: Config) -> Result<Self, DaemonError> {
         let listener = Arc::new(Listener::bind(&config.address)?);
+        failpoint("daemon.bound");
         let daemon = Self::assemble(config, Some(listener.clone()))?;
+        failpoint("daemon.assembled");
         let accept = server::start(daemon.hub.clone(), listener)
             .map_err(DaemonError::io("starting the accepting thread"))?;
         daemon.threads.lock().unwrap_or_else(PoisonError::into_inner).push(accept);
@@ -64,7 +67,9 @@ impl Daemon {
                 if swept.segments > 0 {
                     tracing::info!("swept {} segments of dead daemons", swept.segments);
                 }
-                Some(InstanceGuard::acquire(instance)?)
+                let guard = InstanceGuard::acquire(instance)?;
+                failpoint("daemon.announced");
+                Some(guard)
             }
         };
         let watch = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
@@ -126,9 +131,12 @@ impl Daemon {
         if let Some(listener) = &self.listener {
             listener.shutdown();
         }
+        failpoint("daemon.stopping");
         self.hub.close();
+        failpoint("daemon.closed");
         self.hub.engine.stop();
         self.hub.empty();
+        failpoint("daemon.emptied");
         self.hub.end_reaper();
         for thread in threads {
             let _ = thread.join();

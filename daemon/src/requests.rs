@@ -16,22 +16,23 @@ use crate::port::Port;
 use crate::session::{Session, random};
 use crate::stat;
 
-/// A reply, with the lease that has to be taken back if it cannot be delivered.
+/// A reply, with the hold that has to be taken back if it cannot be delivered.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) message: Message,
     pub(crate) memory: Option<Arc<SegmentMemory>>,
     pub(crate) lease: Option<Lease>,
+    ticket: Option<u64>,
 }
 
 impl Answer {
     fn plain(message: Message) -> Self {
-        Self { message, memory: None, lease: None }
+        Self { message, memory: None, lease: None, ticket: None }
     }
 
     /// A reply that carries a lease.
     pub(crate) fn leased(message: Message, granted: Granted) -> Self {
-        Self { message, lease: Some(granted.lease), memory: granted.memory }
+        Self { message, lease: Some(granted.lease), memory: granted.memory, ticket: None }
     }
 }
 
@@ -62,7 +63,7 @@ pub(crate) fn serve(
     }
 }
 
-/// Sends an answer or an error; takes an undelivered lease back.
+/// Sends an answer or an error; takes an undelivered lease or ticket back.
 pub(crate) fn deliver(
     hub: &Hub,
     session: &Session,
@@ -80,6 +81,10 @@ pub(crate) fn deliver(
     };
     if let Some(lease) = &answer.lease {
         hub.books().unlease(session.id, lease);
+    }
+    if let Some(ticket) = answer.ticket {
+        // Nobody knows its secret.
+        hub.books().end_ticket(ticket);
     }
     match error {
         SocketError::FdsInFlight => {
@@ -109,7 +114,7 @@ fn answer(hub: &Hub, session: &Session, message: Message) -> Result<Answer, Trou
             random(&mut secret)?;
             let ticket = hub.books().make_ticket(session.id, extent, secret)?;
             failpoint("daemon.ticket_made");
-            plain(Message::Ticketed { ticket, secret })
+            Ok(Answer { ticket: Some(ticket), ..Answer::plain(Message::Ticketed { ticket, secret }) })
         }
         Message::Publish { extent, replace, name } => {
             let most = hub.config.max_datasets;

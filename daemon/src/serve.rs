@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::{chdir, setsid};
+use shmquant_protocol::failpoint::failpoint;
 use shmquant_protocol::socket::SocketError;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -47,6 +48,7 @@ pub fn serve_main(config: Config) -> Result<(), DaemonError> {
         }
         daemon => daemon?,
     };
+    failpoint("daemon.serving");
     say_ready()?;
     if detach {
         redirect(log.as_ref())?;

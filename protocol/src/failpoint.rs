@@ -79,6 +79,15 @@ pub const ALL: &[&str] = &[
     "daemon.lane_ended",
     "daemon.session_ended",
     "daemon.session_forgotten",
+    // The daemon's own beginning and end.
+    "daemon.bound",
+    "daemon.sweeping",
+    "daemon.announced",
+    "daemon.assembled",
+    "daemon.serving",
+    "daemon.stopping",
+    "daemon.closed",
+    "daemon.emptied",
 ];
 
 /// A step that a test may make the last one of this process. `name` is one of [`ALL`].

@@ -16,18 +16,21 @@ use shmquant_protocol::failpoint;
 use shmquant_protocol::message::{ErrorCode, Listing};
 
 use crate::life::{SMALL, Ticket, check, live, passed, session};
-use crate::place::{Holdings, Neighbour, PATIENCE, Place, Served, Witness, maps, wait_until};
+use crate::place::{Holdings, Neighbour, PATIENCE, Place, Served, Witness, maps, private_kib, wait_until};
 
 const ROLE: &str = "SHMQUANT_TEST_ROLE";
 const NUMBER: &str = "SHMQUANT_TEST_NUMBER";
 const TICKET: &str = "SHMQUANT_TEST_TICKET";
 /// How many clients are killed; `make soak` asks for more.
 const KILLS: &str = "SHMQUANT_KILLS";
-const USUAL_KILLS: usize = 200;
+pub(crate) const USUAL_KILLS: usize = 200;
 /// Clients that live at the same time.
 const BATCH: usize = 4;
 /// At these a ticket may have been made of which nobody has heard: it lasts until it expires.
 const TICKET_LOST: &[&str] = &["client.asked", "client.answered", "client.ticket_made"];
+
+/// A failpoint and at which of its hits.
+type Point = (&'static str, u64);
 
 /// What this process is to do as somebody's child.
 pub(crate) fn play() {
@@ -88,7 +91,7 @@ struct Lived {
 
 impl Lived {
     /// Lets a client live until it comes by the `hit`th `name`.
-    fn run(path: &Path, number: u64, given: Option<Ticket>, point: Option<(&str, u64)>) -> Self {
+    fn run(path: &Path, number: u64, given: Option<Ticket>, point: Option<Point>) -> Self {
         let mut command = role("life");
         command.env("SHMQUANT_ADDRESS", path).env(NUMBER, number.to_string());
         if let Some((ticket, secret)) = given {
@@ -174,18 +177,17 @@ impl Stage {
     }
 
     /// Lets clients live at the same time, each up to its failpoint, and gives back what documented holds they left.
-    fn run(&mut self, points: &[Option<(&str, u64)>]) -> Vec<Lived> {
+    fn run(&mut self, points: &[Option<Point>]) -> Vec<Lived> {
         let path = self.place.socket();
         let tickets: Vec<_> = points.iter().map(|_| (!self.short).then(|| self.give())).collect();
         let first = self.lives;
         self.lives += points.len() as u64;
         let lived: Vec<Lived> = std::thread::scope(|scope| {
-            let start = |((i, point), given): ((usize, &Option<(&'static str, u64)>), &Option<Ticket>)| {
-                let (path, number, given, point) = (&path, first + i as u64, *given, *point);
-                scope.spawn(move || Lived::run(path, number, given, point))
-            };
-            let points: Vec<Option<(&'static str, u64)>> = points.iter().map(|p| p.map(known)).collect();
-            let threads: Vec<_> = points.iter().enumerate().zip(&tickets).map(start).collect();
+            let mut threads = Vec::new();
+            for ((number, point), given) in (first..).zip(points).zip(&tickets) {
+                let path = &path;
+                threads.push(scope.spawn(move || Lived::run(path, number, *given, *point)));
+            }
             self.neighbour.work();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
@@ -292,12 +294,7 @@ impl Stage {
     }
 }
 
-/// The list's own spelling, which lives as long as the program.
-fn known((name, hit): (&str, u64)) -> (&'static str, u64) {
-    (failpoint::ALL.iter().find(|known| **known == name).unwrap(), hit)
-}
-
-fn kills() -> usize {
+pub(crate) fn kills() -> usize {
     std::env::var(KILLS).ok().map_or(USUAL_KILLS, |text| text.parse().unwrap())
 }
 
@@ -313,17 +310,21 @@ fn a_client_killed_anywhere_leaves_nothing_behind() {
     // A part of them is killed in the test below.
     let kills = total - total / 8;
     let pid = stage.served.pid();
-    let lines = std::cell::RefCell::new(Vec::new());
+    let sizes = std::cell::RefCell::new(Vec::new());
     stage.kill_all(&names, kills, |stage, batch| {
         stage.neighbour.work();
         base.wait_for(&stage.witness.session, pid, batch);
         stage.witness.check();
-        lines.borrow_mut().push(maps(pid).lines().count());
+        sizes.borrow_mut().push((maps(pid).lines().count(), private_kib(pid)));
     });
     // Heaps and stacks of the C library come and go, but they do not become ever more.
-    let lines = lines.into_inner();
-    let (early, late) = (lines[..lines.len() / 2].iter().max(), lines[lines.len() / 2..].iter().max());
-    assert!(late.unwrap() <= &(early.unwrap() + 40), "{lines:?}");
+    let sizes = sizes.into_inner();
+    let (early, late) = sizes.split_at(sizes.len() / 2);
+    let most = |of: &[(usize, usize)]| {
+        (of.iter().map(|(lines, _)| *lines).max().unwrap(), of.iter().map(|(_, kib)| *kib).max().unwrap())
+    };
+    let ((lines, kib), (lines_late, kib_late)) = (most(early), most(late));
+    assert!(lines_late <= lines + 40 && kib_late <= kib + (16 << 10), "{sizes:?}");
 }
 
 #[test]

@@ -11,12 +11,19 @@ use serde_json::Value;
 use shmquant_protocol::client::{ClientError, Held, Options, Session, StartCommand};
 use shmquant_protocol::failpoint;
 
+use crate::clients::{USUAL_KILLS, kills};
 use crate::layers::Layers;
 use crate::life::{LARGE, check, live, session};
 use crate::place::{OPTIONS, PATIENCE, Place, Served, Witness, program, wait_until};
 
 /// Rounds of life in which a daemon has to come by any of its failpoints.
 const ROUNDS: u64 = 10;
+
+/// Points that a daemon only comes by when it starts, and by some only with POSIX segments.
+const STARTING: &[&str] = &["daemon.bound", "daemon.assembled", "daemon.serving"];
+const STARTING_POSIX: &[&str] = &["daemon.sweeping", "daemon.announced"];
+/// Points that a daemon comes by when it is told to stop.
+const STOPPING: &[&str] = &["daemon.stopping", "daemon.closed", "daemon.emptied"];
 
 /// Starts daemons that can be armed while they run, by the file `arm`.
 fn start_command(place: &Place, backing: &str) -> StartCommand {
@@ -51,6 +58,31 @@ fn left_in_shm(instance: u64) -> Vec<String> {
     entries.filter(|name| name.contains(&format!("{instance:016x}"))).collect()
 }
 
+/// From now on the daemon dies at a point: `name` or `name:3`.
+fn arm(place: &Place, point: &str) {
+    // Renamed into its place, so that no half of it can be read.
+    fs::write(place.path("arming"), point).unwrap();
+    fs::rename(place.path("arming"), place.path("arm")).unwrap();
+}
+
+/// A daemon has died at the point and at no other.
+fn disarm(hit: &Path, point: &str) {
+    assert_eq!(fs::read_to_string(hit).unwrap(), point);
+    fs::remove_file(hit).unwrap();
+}
+
+fn stop(own: &Session) {
+    let pid = pid_of(own);
+    own.close();
+    kill(Pid::from_raw(pid), Signal::SIGTERM).unwrap();
+    wait_for_end(pid);
+}
+
+/// The next call may still meet the connection to the dead daemon; the one after it does not.
+fn reach_the_next(own: &Session, point: &str) {
+    own.ping().or_else(|_| own.ping()).unwrap_or_else(|e| panic!("{point}: {e}"));
+}
+
 /// Lives and lives until the daemon dies; its error, or `None` if it came by no failpoint.
 fn live_until_it_dies(path: &Path, hit: &Path) -> Option<ClientError> {
     for round in 0..ROUNDS {
@@ -81,8 +113,7 @@ fn session_error(path: &Path) -> Option<ClientError> {
 /// Kills daemon after daemon, each at one of the names.
 fn kill_at(backing: &str, names: &[&str]) {
     let place = Place::new();
-    let (path, arm) = (place.socket(), place.path("arm"));
-    let hit = place.path("arm.hit");
+    let (path, hit) = (place.socket(), place.path("arm.hit"));
     let own = session(&path, Some(start_command(&place, backing)));
     let mut held_before: Vec<Witness> = Vec::new();
     for name in names {
@@ -91,9 +122,7 @@ fn kill_at(backing: &str, names: &[&str]) {
         own.publish(&large, "kept", false).unwrap();
         let (pid, instance) = (pid_of(&own), own.connect().unwrap().instance);
 
-        // Renamed into its place, so that no half of it can be read.
-        fs::write(place.path("arming"), name).unwrap();
-        fs::rename(place.path("arming"), &arm).unwrap();
+        arm(&place, name);
         let (send, receive) = mpsc::channel();
         let lives = {
             let (path, hit) = (path.clone(), hit.clone());
@@ -104,8 +133,7 @@ fn kill_at(backing: &str, names: &[&str]) {
         let error = error.unwrap_or_else(|| panic!("{name}: no daemon came by it"));
         let typed = matches!(error, ClientError::Lost { .. } | ClientError::Connect { .. });
         assert!(typed, "{name}: {error} ({error:?})");
-        assert_eq!(fs::read_to_string(&hit).unwrap(), *name);
-        fs::remove_file(&hit).unwrap();
+        disarm(&hit, name);
         wait_for_end(pid);
 
         // Who reads goes on reading.
@@ -121,7 +149,7 @@ fn kill_at(backing: &str, names: &[&str]) {
         assert!(left.iter().all(|file| known.iter().any(|k| file == k)), "{name}: {left:?}");
 
         // The next call starts the next daemon, which knows nothing of the last one.
-        own.ping().or_else(|_| own.ping()).unwrap_or_else(|e| panic!("{name}: {e}"));
+        reach_the_next(&own, name);
         assert_ne!(own.connect().unwrap().instance, instance, "{name}");
         assert_eq!(left_in_shm(instance), Vec::<String>::new(), "{name}: not swept");
         witness.check();
@@ -139,16 +167,76 @@ fn kill_at(backing: &str, names: &[&str]) {
     // Through all these deaths.
     held_before.iter().for_each(Witness::check);
     drop(held_before);
-    let pid = pid_of(&own);
-    own.close();
-    kill(Pid::from_raw(pid), Signal::SIGTERM).unwrap();
-    wait_for_end(pid);
+    stop(&own);
+}
+
+/// Kills daemons that are about to serve or to stop.
+fn kill_at_its_ends(backing: &str, starting: &[&str]) {
+    let place = Place::new();
+    let hit = place.path("arm.hit");
+    let own = session(&place.socket(), Some(start_command(&place, backing)));
+    for name in starting.iter().chain(STOPPING) {
+        let witness = Witness::new(own.clone());
+        let more: Vec<Witness> = (0..3).map(|_| Witness::new(own.clone())).collect();
+        own.publish(&witness.held, "kept", false).unwrap();
+        let (pid, instance) = (pid_of(&own), own.connect().unwrap().instance);
+        arm(&place, name);
+        if STOPPING.contains(name) {
+            kill(Pid::from_raw(pid), Signal::SIGTERM).unwrap();
+            wait_for_end(pid);
+        } else {
+            kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+            wait_for_end(pid);
+            // Its successor dies before it serves, and whoever wanted it is told.
+            wait_until("a daemon dies on its way", || {
+                match own.ping() {
+                    Ok(()) => panic!("{name}: no daemon came by it"),
+                    Err(ClientError::Lost { .. }) => {}
+                    Err(ClientError::Connect { what, .. }) => {
+                        assert!(what.contains("before it was ready"), "{what}")
+                    }
+                    Err(error) => panic!("{name}: {error}"),
+                }
+                if hit.exists() { Ok(()) } else { Err("none died".to_owned()) }
+            });
+        }
+        disarm(&hit, name);
+        reach_the_next(&own, name);
+        assert_ne!(own.connect().unwrap().instance, instance, "{name}");
+        assert_eq!(left_in_shm(instance), Vec::<String>::new(), "{name}: not swept");
+        witness.check();
+        more.iter().for_each(Witness::check);
+    }
+    stop(&own);
+}
+
+fn serving_points() -> Vec<&'static str> {
+    let ends = [STARTING, STARTING_POSIX, STOPPING].concat();
+    failpoint::ALL.iter().copied().filter(|n| n.starts_with("daemon.") && !ends.contains(n)).collect()
 }
 
 #[test]
 fn a_daemon_killed_anywhere_harms_nobody() {
-    let names: Vec<&str> = failpoint::ALL.iter().copied().filter(|n| n.starts_with("daemon.")).collect();
-    kill_at("memfd", &names);
+    kill_at("memfd", &serving_points());
+}
+
+#[test]
+fn a_daemon_killed_later_harms_nobody_either() {
+    let rounds = (kills() / USUAL_KILLS).max(1);
+    for round in 0..rounds {
+        let points: Vec<String> = serving_points()
+            .iter()
+            .enumerate()
+            .map(|(i, name)| format!("{name}:{}", 2 + (i + 5 * round) % 7))
+            .collect();
+        kill_at("memfd", &points.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_daemon_killed_while_it_starts_or_stops_harms_nobody() {
+    kill_at_its_ends("memfd", STARTING);
+    kill_at_its_ends("posix", &[STARTING, STARTING_POSIX].concat());
 }
 
 #[test]

@@ -159,6 +159,13 @@ pub(crate) fn maps(pid: u32) -> String {
     fs::read_to_string(format!("/proc/{pid}/maps")).unwrap()
 }
 
+/// Memory of a process that is nobody else's, in KiB.
+pub(crate) fn private_kib(pid: u32) -> usize {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
 /// Somebody who holds a result while others die.
 pub(crate) struct Witness {
     pub(crate) session: Session,

@@ -17,6 +17,7 @@ use nix::unistd::geteuid;
 use super::limits::{SHM_DIR, fd_refused};
 use super::name::{PREFIX, parse_instance};
 use super::{SegmentError, SegmentName};
+use crate::failpoint::failpoint;
 
 /// How often a new instance file may be taken from under us by sweepers before that is an error.
 const ATTEMPTS: u32 = 64;
@@ -120,6 +121,7 @@ pub fn sweep_stale() -> Result<Swept, SegmentError> {
             {
                 swept.segments += 1;
                 swept.bytes += meta.blocks() * 512;
+                failpoint("daemon.sweeping");
             }
         }
         // Last of all, so that a sweeper killed half-way is followed by another.
