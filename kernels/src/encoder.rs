@@ -107,26 +107,22 @@ impl<'a> Encoder<'a> {
             return 0;
         }
         let len = part.len;
-        let direct = self.source.direct();
         let in_place = part.bit.is_multiple_of(8) && (stride.is_multiple_of(8) || count == 1);
         let stored = if in_place { self.stored } else { 8 };
-        let most = match (direct, in_place) {
-            (true, true) => BATCH,
-            (true, false) => BLOCK / len,
-            (false, _) => TILE / len,
-        };
+        let most = if in_place { BATCH } else { BLOCK / len };
         let stream = in_place && self.source.values.len() >= STREAM_FROM;
         // Small at first: where the path stops early, little was prepared in vain.
         let mut batch = 16;
         let mut done = 0;
         while done < count {
+            let at = part.at + done * len;
             let n = (count - done).min(most).min(batch);
-            let n = self.prepare(params, done, n);
+            let direct = self.source.direct(at, n * len);
+            let n = self.prepare(params, done, if direct { n } else { n.min(TILE / len) });
             if n == 0 {
                 break;
             }
             batch = BATCH;
-            let at = part.at + done * len;
             let values = if direct {
                 self.source.values.slice(at..at + n * len)
             } else {
@@ -219,7 +215,7 @@ impl<'a> Encoder<'a> {
     pub(crate) fn encode(&mut self, part: &Piece, scale: f32, zero_point: i32) -> Result<(), Fault> {
         let step = Step::new(scale, zero_point, self.affine);
         let stored = usize::from(self.stored);
-        let block = if self.source.direct() { BLOCK } else { TILE };
+        let block = if self.source.direct(part.at, part.len) { BLOCK } else { TILE };
         let mut done = 0;
         while done < part.len {
             let len = (part.len - done).min(block);
@@ -270,7 +266,7 @@ impl<'a> Encoder<'a> {
     /// Columns from `from` on by the path's own means; `false` where it has to be done again in another way.
     fn straight(&mut self, at: usize, n: usize, bit: usize, params: &ColumnParams, from: usize) -> bool {
         let kernels = self.source.kernels;
-        let values = if self.source.direct() {
+        let values = if self.source.direct(at, n) {
             self.source.values.slice(at..at + n)
         } else {
             self.source.load_unchecked(at, &mut self.tile[..n]);

@@ -137,6 +137,11 @@ impl Kernels {
         let mut tile = [0f32; TILE];
         let mut at = 0;
         while at < values.len() {
+            let n = (values.len() - at).min(BLOCK);
+            if self.takes(values.dtype()) && self.range_of(values.slice(at..at + n)).finite {
+                at += n;
+                continue;
+            }
             let tile = &mut tile[..(values.len() - at).min(TILE)];
             self.load(&values, at, tile);
             if !self.range(tile).finite {

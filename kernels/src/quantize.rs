@@ -254,7 +254,7 @@ fn scan_columns(
             let (at, column) = (piece.at + done, piece.col as usize + done);
             let (min, max) = (&mut min[column..column + n], &mut max[column..column + n]);
             done += n;
-            if source.direct() {
+            if source.direct(at, n) {
                 let values = source.values.slice(at..at + n);
                 if source.kernels.widen(Widen { values, min, max }) {
                     continue;

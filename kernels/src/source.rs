@@ -55,9 +55,11 @@ impl<'a> Source<'a> {
         Ok(source)
     }
 
-    /// Whether the path may read values where they lie: it has functions for that, and no rows are left out.
-    pub(crate) fn direct(&self) -> bool {
-        self.kernels.takes(self.values.dtype()) && self.nulled.is_empty()
+    /// Whether the path may read `len` values from offset `at` where they lie: it has functions for that, and no rows
+    /// are left out there.
+    pub(crate) fn direct(&self, at: usize, len: usize) -> bool {
+        self.kernels.takes(self.values.dtype())
+            && left_out(&self.nulled, self.k, self.first + at as u64, len).next().is_none()
     }
 
     /// The range of `len` values from offset `at`, after the policy was applied.
@@ -66,8 +68,8 @@ impl<'a> Source<'a> {
         let mut done = 0;
         while done < len {
             let from = at + done;
-            if self.direct() {
-                let n = (len - done).min(BLOCK);
+            let n = (len - done).min(BLOCK);
+            if self.direct(from, n) {
                 let seen = self.kernels.range_of(self.values.slice(from..from + n));
                 if seen.finite {
                     range.merge(seen.range);
@@ -149,6 +151,11 @@ impl<'a> Source<'a> {
         let mut tile = [0f32; TILE];
         let mut at = 0;
         while at < self.values.len() {
+            let n = (self.values.len() - at).min(BLOCK);
+            if self.direct(at, n) && self.kernels.range_of(self.values.slice(at..at + n)).finite {
+                at += n;
+                continue;
+            }
             let tile = &mut tile[..(self.values.len() - at).min(TILE)];
             self.kernels.load(&self.values, at, tile);
             if !self.kernels.range(tile).finite {
