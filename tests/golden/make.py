@@ -4,9 +4,9 @@
     python tests/golden/make.py
 
 Scales and zero points follow the written formulas in numpy float32, and are checked here against
-`compute_scale_zp` (symmetric) and `DynamicQuantizeLinear` (uint8, tensor). Codes are onnxruntime's `QuantizeLinear`,
-per tensor, along an axis, and in blocks; packed bytes are onnx's `raw_data` of the code tensor. Every file is one
-scheme and mapping; its metadata says which packages wrote it and how each case lies.
+`compute_scale_zp` (symmetric) and `DynamicQuantizeLinear` (uint8, tensor). Codes are onnxruntime's
+`QuantizeLinear`, per tensor, along an axis, and in blocks; packed bytes are onnx's `raw_data` of the code tensor.
+Every file is one scheme and mapping; its metadata says which packages wrote it and how each case lies.
 """
 
 import json
@@ -127,7 +127,9 @@ def quantize_linear(x, scale, zero, onnx_type, np_type, axis=None, block=None):
             numpy_helper.from_array(np.asarray(zero).astype(np_type), "z"),
         ],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=13 if two_bit else 10)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=13 if two_bit else 10
+    )
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -169,21 +171,35 @@ def check_against_packages(x, scale, zero, codes, scheme, mapping, qmin, qmax):
 
 def main():
     here = Path(__file__).parent
-    versions = {"onnxruntime": ort.__version__, "onnx": onnx.__version__, "numpy": np.__version__,
-                "ml_dtypes": ml_dtypes.__version__}
+    versions = {
+        "onnxruntime": ort.__version__,
+        "onnx": onnx.__version__,
+        "numpy": np.__version__,
+        "ml_dtypes": ml_dtypes.__version__,
+    }
     for (scheme, mapping), (qmin, qmax, onnx_type, np_type, bits) in SCHEMES.items():
         rng = np.random.default_rng(20 * bits + (mapping == "symmetric") + 7 * (qmin < 0))
         symmetric = mapping == "symmetric"
         tensors, cases = {}, []
 
-        def add(name, x, scale, zero, codes, granularity, group=0):
+        def add(name, x, scale, zero, codes, granularity, group=0, tensors=tensors, cases=cases):
             tensors[f"{name}.x"] = x
             tensors[f"{name}.scales"] = np.ascontiguousarray(scale.reshape(-1))
             tensors[f"{name}.zero_points"] = np.ascontiguousarray(zero.reshape(-1).astype(np.int32))
             tensors[f"{name}.codes"] = raw(codes)
             # Vectors: every row on a byte of its own.
-            tensors[f"{name}.codes_by_row"] = np.concatenate([raw(row) for row in np.ascontiguousarray(codes)])
-            cases.append({"name": name, "rows": x.shape[0], "k": x.shape[1], "granularity": granularity, "group": group})
+            tensors[f"{name}.codes_by_row"] = np.concatenate(
+                [raw(row) for row in np.ascontiguousarray(codes)]
+            )
+            cases.append(
+                {
+                    "name": name,
+                    "rows": x.shape[0],
+                    "k": x.shape[1],
+                    "granularity": granularity,
+                    "group": group,
+                }
+            )
 
         for k in (1, 7, 33, 130):
             rows = hard_rows(k, qmin, qmax, symmetric, rng)
@@ -212,8 +228,13 @@ def main():
             codes = quantize_linear(rows, scale, zero, onnx_type, np_type, axis=1, block=group)
             add(f"group{group}of{k}", rows, scale, zero, codes, "group", group)
 
-        metadata = {"scheme": scheme, "mapping": mapping, "bits": str(bits), "cases": json.dumps(cases),
-                    "written_by": json.dumps(versions)}
+        metadata = {
+            "scheme": scheme,
+            "mapping": mapping,
+            "bits": str(bits),
+            "cases": json.dumps(cases),
+            "written_by": json.dumps(versions),
+        }
         path = here / f"{scheme}_{mapping}.safetensors"
         save_file(tensors, path, metadata)
         print(path.name, path.stat().st_size, len(cases))
