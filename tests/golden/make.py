@@ -5,7 +5,7 @@
 
 Scales and zero points follow the written formulas in numpy float32, and are checked here against
 `compute_scale_zp` (symmetric) and `DynamicQuantizeLinear` (uint8, tensor). Codes are onnxruntime's
-`QuantizeLinear`, per tensor, along an axis, and in blocks; packed bytes are onnx's `raw_data` of the code tensor.
+`QuantizeLinear`, per tensor, along an axis, and in blocks; packed bytes are onnx's `raw_data` of the codes.
 Every file is one scheme and mapping; its metadata says which packages wrote it and how each case lies.
 """
 
