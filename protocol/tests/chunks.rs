@@ -14,7 +14,8 @@ fn descriptor(items: Vec<(Role, FloatType, u64, u64, u64, Spec, bool)>) -> Descr
     };
     let specs = items.iter().map(|i| i.5).collect();
     let items = items.into_iter().enumerate().map(|(i, (role, dtype, rows, k, null_count, spec, given))| {
-        let mut values = Values { role, spec: i, dtype, null: false, rows, k, null_count, shape: vec![], params: None };
+        let mut values =
+            Values { role, spec: i, dtype, null: false, rows, k, null_count, shape: vec![], params: None };
         let n = values.layout(&spec).n_params() as usize;
         if given && n > 0 {
             values.params = Some(Params { id: 7, scales: vec![0.5; n], zero_points: vec![0; n] });
@@ -22,7 +23,15 @@ fn descriptor(items: Vec<(Role, FloatType, u64, u64, u64, Spec, bool)>) -> Descr
         Item { name: format!("item {i}"), body: Body::Values(values) }
     });
     let items = items.collect();
-    Descriptor { table, metrics: false, continue_on_error: false, specs, metadata: Default::default(), rows, items }
+    Descriptor {
+        table,
+        metrics: false,
+        continue_on_error: false,
+        specs,
+        metadata: Default::default(),
+        rows,
+        items,
+    }
 }
 
 fn spec() -> impl Strategy<Value = Spec> {
@@ -110,8 +119,8 @@ proptest! {
             for c in &fused {
                 let domain_starts = |at: u64| match spec.granularity {
                     Granularity::Tensor | Granularity::Dimension => at == 0,
-                    Granularity::Row => at % k == 0,
-                    Granularity::Group => (at % k) % group == 0,
+                    Granularity::Row => at.is_multiple_of(k),
+                    Granularity::Group => (at % k).is_multiple_of(group),
                 };
                 prop_assert!(domain_starts(c.first), "{c:?} of {v:?} {spec:?}");
             }
@@ -137,12 +146,16 @@ fn replay(list: &ChunkList) -> Result<(), TestCaseError> {
         let mut spans: Vec<(u64, u64)> = live.iter().map(|c| (c.at, c.at + c.bytes)).collect();
         spans.sort_unstable();
         prop_assert!(spans.windows(2).all(|w| w[0].1 <= w[1].0), "overlap");
-        prop_assert!(spans.iter().all(|s| s.0 >= list.base && s.1 <= list.base + list.capacity && s.0 % 64 == 0));
+        prop_assert!(
+            spans.iter().all(|s| s.0 >= list.base && s.1 <= list.base + list.capacity && s.0 % 64 == 0)
+        );
         // Consume some, not all, so that the ring is met at many fill levels.
         consumed += ((written - consumed) / 2).max(1);
     }
     for (i, c) in list.chunks.iter().enumerate().filter(|(_, c)| c.shared) {
-        let twin = list.chunks[..i].iter().find(|s| s.action == Action::Scan && s.item == c.item && s.first == c.first);
+        let twin = list.chunks[..i]
+            .iter()
+            .find(|s| s.action == Action::Scan && s.item == c.item && s.first == c.first);
         prop_assert_eq!(twin.map(|s| (s.at, s.bytes)), Some((c.at, c.bytes)));
     }
     Ok(())
