@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | soak | clean. A bare machine needs cargo (1.88+ with clippy and rustfmt), a C linker,
+# make demo | test | lint | bench | soak | clean. A bare machine needs cargo (1.89+ with clippy and rustfmt), a C linker,
 # python3 (3.11+) with venv, and make; everything else lands in .venv and target/. `.ci/run` calls `make test`.
 #
 # Two builds, by intent. Rust tests run in the dev profile, whose overflow checks and debug assertions are half of
