@@ -116,6 +116,8 @@ fn open(hub: &Arc<Hub>, connection: &Arc<Connection>) -> Result<Arc<Session>, Tr
     };
     let mut token = [0; 16];
     random(&mut token)?;
+    // Not under the lock: it is read from the client's own memory, and takes as long as the client's memory does.
+    let command = command_of(cred.pid);
     let session = {
         let mut books = hub.books();
         if books.sessions.len() >= hub.config.max_sessions as usize {
@@ -129,7 +131,7 @@ fn open(hub: &Arc<Hub>, connection: &Arc<Connection>) -> Result<Arc<Session>, Tr
             id: books.next_session(),
             token,
             pid: cred.pid,
-            command: command_of(cred.pid),
+            command,
             started: SystemTime::now(),
             connection: connection.clone(),
             pidfd,
