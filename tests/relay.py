@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import array
+import contextlib
+import os
 import socket
 import threading
 from collections import Counter
@@ -43,27 +45,27 @@ class Relay:
 
     def _hand_on(self, sender: str, source: socket.socket, sink: socket.socket) -> None:
         room = socket.CMSG_SPACE(4 * MAX_FDS)
-        while True:
-            try:
+        try:
+            while True:
                 raw, ancillary, _, _ = source.recvmsg(MAX_FRAME, room, socket.MSG_CMSG_CLOEXEC)
-            except OSError:
-                raw = b""
-            if not raw:
-                for end in (source, sink):
-                    try:
-                        end.shutdown(socket.SHUT_RDWR)
-                    except OSError:
-                        continue
-                return
-            fds = array.array("i")
-            for _, _, data in ancillary:
-                fds.frombytes(data)
-            # Counted before it is handed on: who has the reply sees its count.
-            self.frames[sender, MESSAGES[int.from_bytes(raw[2:4], "little")][0]] += 1
-            self.descriptors += len(fds)
-            socket.send_fds(sink, [raw], fds) if fds else sink.send(raw)
-            for fd in fds:
-                socket.close(fd)
+                if not raw:
+                    break
+                fds = array.array("i")
+                for _, _, data in ancillary:
+                    fds.frombytes(data)
+                # Counted before it is handed on: who has the reply sees its count.
+                self.frames[sender, MESSAGES[int.from_bytes(raw[2:4], "little")][0]] += 1
+                self.descriptors += len(fds)
+                try:
+                    socket.send_fds(sink, [raw], fds) if fds else sink.send(raw)
+                finally:
+                    for fd in fds:
+                        os.close(fd)
+        except OSError:
+            pass  # an end is gone: so is the connection
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Take no more connections; those that are there go on until an end closes."""
