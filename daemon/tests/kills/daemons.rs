@@ -133,6 +133,7 @@ fn kill_at(backing: &str, names: &[&str]) {
         let error = error.unwrap_or_else(|| panic!("{name}: no daemon came by it"));
         let typed = matches!(error, ClientError::Lost { .. } | ClientError::Connect { .. });
         assert!(typed, "{name}: {error} ({error:?})");
+        assert!(hit.exists(), "{name}: it lives, but a client got: {error}");
         disarm(&hit, name);
         wait_for_end(pid);
 

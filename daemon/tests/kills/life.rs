@@ -12,6 +12,7 @@ use shmquant_protocol::failpoint;
 use shmquant_protocol::message::Naming;
 
 use crate::layers::Layers;
+use crate::place::pause;
 
 /// Layers of one small request, one round trip.
 pub(crate) const SMALL: &[u64] = &[1000, 255, 510];
@@ -61,7 +62,7 @@ impl Source for Slow {
     fn fill(&self, chunk: &Chunk, out: &mut [u8]) {
         self.layers.fill(chunk, out);
         while chunk.item >= 4 && self.started.elapsed() < Duration::from_millis(60) {
-            std::thread::yield_now();
+            pause();
         }
     }
 }
@@ -124,6 +125,7 @@ pub(crate) fn live(
     // What was shared is unmapped when the daemon asks for it.
     while passed("client.unmap_answered") == answered {
         session.ping()?;
+        pause();
     }
     Ok(())
 }

@@ -83,12 +83,17 @@ impl Drop for Served {
     }
 }
 
+/// Between two looks. (Yielding instead starves others for seconds on some kernels when many tests do it at a time.)
+pub(crate) fn pause() {
+    std::thread::park_timeout(Duration::from_millis(1));
+}
+
 /// Looks at something again and again until it is as it should be.
 pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> Result<(), String>) {
     let started = Instant::now();
     while let Err(state) = holds() {
         assert!(started.elapsed() < PATIENCE, "{what}: {state}");
-        std::thread::yield_now();
+        pause();
     }
 }
 
