@@ -89,6 +89,20 @@ CASES = {
     "integer layer": (lambda q: q.quantize({"w": X.astype(int)}), "layer 'w' is int64"),
     "list layer": (lambda q: q.quantize({"w": [1.0]}), "layer 'w' is a list, not an array"),
     "layer name": (lambda q: q.quantize({1: X}), "layer name 1 is a int"),
+    "columns of a state dict": (
+        lambda q: q.quantize({"w": X}, columns=["w"]),
+        "columns does not go with a state dict",
+    ),
+    "keep of a state dict": (
+        lambda q: q.quantize({"w": X}, keep=["w"], name="n"),
+        "keep does not go with a state dict",
+    ),
+    "list": (lambda q: q.quantize([1, 2, 3]), "data of type list.*\nhint: pass an Arrow table"),
+    "no name": (lambda q: q.quantize(X, name=""), "name '' has 0 bytes"),
+    "long name": (lambda q: q.open("é" * 513), "has 1026 bytes\nhint: a name has 1 to 1024"),
+    "name with NUL": (lambda q: q.drop("a\0"), "NUL"),
+    "name with a surrogate": (lambda q: q.open("\udc80"), "cannot be written in UTF-8"),
+    "name is no string": (lambda q: q.quantize(X, name=3), "name 3 is a int, not a string"),
     "unknown input": (lambda q: q.quantize("table"), "data of type str.*\nhint: pass an Arrow table"),
     "array without name": (
         lambda q: q.quantize(pa.array([[1.0]])),

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 #: them as they are.
 Overrides: TypeAlias = "Dict[str, Dict[str, Any] | None]"
 
+# As the protocol's section 3 has it.
+_NAME_BYTES = 1024
+
 _OVERRIDABLE = ("scheme", "mapping", "granularity", "group_size", "on_nonfinite")
 
 
@@ -60,7 +63,9 @@ def source_options(
     part_of_stream: bool = False,
 ) -> SourceOptions:
     """Check what needs no look at the data, and give every option its native form."""
-    if name is None:
+    if name is not None:
+        dataset_name(name)
+    else:
         if replace:
             raise invalid("replace=True was given without a name", 'say which dataset: name="..."')
         if keep is not None:
@@ -88,6 +93,21 @@ def source_options(
         "layers": layers,
         "part_of_stream": part_of_stream,
     }
+
+
+def dataset_name(name: str) -> str:
+    """A name that the protocol can carry: a frame with another would cost the session."""
+    if not isinstance(name, str):
+        raise invalid(f"name {name!r} is a {type(name).__name__}, not a string")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise invalid(f"name {name!r} cannot be written in UTF-8") from None
+    if not 0 < size <= _NAME_BYTES:
+        raise invalid(f"name {name[:40]!r} has {size} bytes", f"a name has 1 to {_NAME_BYTES}")
+    if "\0" in name:
+        raise invalid(f"name {name!r} has a NUL in it")
+    return name
 
 
 def names(option: str, given: Sequence[str] | None) -> list[str] | None:

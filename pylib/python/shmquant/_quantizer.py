@@ -16,8 +16,8 @@ import pyarrow as pa
 from . import _native, _session
 from ._calls import QuantizeOptions
 from ._errors import NoRoomError, invalid
-from ._input import read
-from ._options import Overrides, SourceOptions, source_options, timeout_seconds
+from ._input import Tensor, read
+from ._options import Overrides, SourceOptions, dataset_name, source_options, timeout_seconds
 from ._params import Params, fit
 from ._result import PassedThrough, QuantizedTable, alive
 from ._scheme import Granularity, Mapping, Nulls, OnNonFinite, Scheme, spelled
@@ -226,7 +226,7 @@ class ShmQuantizer:
         """
         name, replace, progress, timeout, rest = _split(options)
         native = source_options(scheme=scheme, name=name, replace=replace, **rest)
-        given = os.fspath(path)
+        given = os.fsdecode(path)
         if _native.file_format(given) == "Parquet":
             import pyarrow.parquet
 
@@ -443,7 +443,7 @@ class ShmQuantizer:
         NotFoundError
             If there is none of that name.
         """
-        return QuantizedTable(self._settings, self._client.open(name))
+        return QuantizedTable(self._settings, self._client.open(dataset_name(name)))
 
     def list(self) -> list[dict[str, Any]]:
         """List the published datasets: name, bytes, path and more of each."""
@@ -457,7 +457,7 @@ class ShmQuantizer:
         NotFoundError
             If there is none of that name.
         """
-        self._client.drop(name)
+        self._client.drop(dataset_name(name))
 
     def results(self) -> builtins.list[ResultInfo]:
         """List the results of this daemon that this process holds, oldest first."""
@@ -546,9 +546,17 @@ def open(name: str, address: str | os.PathLike[str] | None = None) -> QuantizedT
 
 
 def _source(data: Any, options: SourceOptions) -> tuple[_native.Source, pa.Table | None]:
-    given = data if isinstance(data, list) else read(data)
+    # What quantize_arrow() has read is not read again.
+    tensors_already = isinstance(data, list) and data and isinstance(data[0], Tensor)
+    given = data if tensors_already else read(data)
     if isinstance(given, pa.Table):
         return _native.Source.from_arrow(given, options), given
+    for option, value in (("columns", options["columns"]), ("keep", options["keep"])):
+        if value is not None:
+            raise invalid(
+                f"{option} does not go with a state dict: its result has columns of its own",
+                "overrides={name: None} leaves a layer as it is",
+            )
     tensors = [(t.name, t.data, t.dtype, list(t.shape)) for t in given]
     return _native.Source.from_layers(tensors, options), None
 
