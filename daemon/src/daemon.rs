@@ -60,13 +60,19 @@ impl Daemon {
             error: io::Error::other(e),
         })?;
         let instance = u64::from_le_bytes(instance);
+        // With memfds, too: the daemon that was killed may have had the other backing.
+        let swept = sweep_stale();
+        match &swept {
+            Ok(swept) if swept.segments > 0 => {
+                tracing::info!("swept {} segments of dead daemons", swept.segments);
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!("nothing was swept: {error}"),
+        }
         let guard = match config.backing {
             Backing::Memfd => None,
             Backing::Posix => {
-                let swept = sweep_stale()?;
-                if swept.segments > 0 {
-                    tracing::info!("swept {} segments of dead daemons", swept.segments);
-                }
+                swept?;
                 let guard = InstanceGuard::acquire(instance)?;
                 failpoint("daemon.announced");
                 Some(guard)

@@ -260,6 +260,21 @@ fn what_a_killed_daemon_leaves_by_name_is_swept_by_the_next() {
 }
 
 #[test]
+fn a_daemon_with_memfds_sweeps_what_one_with_names_left() {
+    let place = Place::new();
+    let mut command = place.command();
+    command.args(["--backing", "posix"]);
+    let served = Served::start(command);
+    let witness = Witness::new(session(&place.socket(), None));
+    let instance = witness.session.connect().unwrap().instance;
+    assert!(!left_in_shm(instance).is_empty());
+    drop(served);
+    let _next = Served::start(place.command());
+    assert_eq!(left_in_shm(instance), Vec::<String>::new());
+    witness.check();
+}
+
+#[test]
 fn a_second_daemon_never_harms_a_living_one() {
     let place = Place::new();
     let served = Served::start(place.command());
