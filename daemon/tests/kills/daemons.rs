@@ -1,5 +1,6 @@
 //! The daemon is killed at every step: clients get an error and the next daemon, readers keep their bytes.
 
+use std::cell::Cell;
 use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
@@ -41,6 +42,26 @@ fn stat(session: &Session) -> Value {
 
 fn pid_of(session: &Session) -> i32 {
     stat(session)["pid"].as_i64().unwrap().try_into().unwrap()
+}
+
+/// Kills the daemon of the moment if the test fails: with datasets it would stay for ever.
+struct Current(Cell<i32>);
+
+impl Current {
+    fn is(&self, own: &Session) -> i32 {
+        self.0.set(pid_of(own));
+        self.0.get()
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        let pid = self.0.get();
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        if std::thread::panicking() && line.contains("--detached") {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
 }
 
 fn is_alive(pid: i32) -> bool {
@@ -115,12 +136,13 @@ fn kill_at(backing: &str, names: &[&str]) {
     let place = Place::new();
     let (path, hit) = (place.socket(), place.path("arm.hit"));
     let own = session(&path, Some(start_command(&place, backing)));
+    let current = Current(Cell::new(0));
     let mut held_before: Vec<Witness> = Vec::new();
     for name in names {
         let witness = Witness::new(own.clone());
         let large: Held = own.quantize(&Layers::new(LARGE), &Options::default()).unwrap().held;
         own.publish(&large, "kept", false).unwrap();
-        let (pid, instance) = (pid_of(&own), own.connect().unwrap().instance);
+        let (pid, instance) = (current.is(&own), own.connect().unwrap().instance);
 
         arm(&place, name);
         let (send, receive) = mpsc::channel();
@@ -151,6 +173,7 @@ fn kill_at(backing: &str, names: &[&str]) {
 
         // The next call starts the next daemon, which knows nothing of the last one.
         reach_the_next(&own, name);
+        current.is(&own);
         assert_ne!(own.connect().unwrap().instance, instance, "{name}");
         assert_eq!(left_in_shm(instance), Vec::<String>::new(), "{name}: not swept");
         witness.check();
@@ -176,11 +199,12 @@ fn kill_at_its_ends(backing: &str, starting: &[&str]) {
     let place = Place::new();
     let hit = place.path("arm.hit");
     let own = session(&place.socket(), Some(start_command(&place, backing)));
+    let current = Current(Cell::new(0));
     for name in starting.iter().chain(STOPPING) {
         let witness = Witness::new(own.clone());
         let more: Vec<Witness> = (0..3).map(|_| Witness::new(own.clone())).collect();
         own.publish(&witness.held, "kept", false).unwrap();
-        let (pid, instance) = (pid_of(&own), own.connect().unwrap().instance);
+        let (pid, instance) = (current.is(&own), own.connect().unwrap().instance);
         arm(&place, name);
         if STOPPING.contains(name) {
             kill(Pid::from_raw(pid), Signal::SIGTERM).unwrap();
@@ -194,7 +218,7 @@ fn kill_at_its_ends(backing: &str, starting: &[&str]) {
                     // Somebody else's daemon was faster to sweep: there has to be something to sweep again.
                     Ok(()) if *name == "daemon.sweeping" => {
                         Witness::new(own.clone()).check();
-                        let pid = pid_of(&own);
+                        let pid = current.is(&own);
                         kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
                         wait_for_end(pid);
                     }
@@ -210,6 +234,7 @@ fn kill_at_its_ends(backing: &str, starting: &[&str]) {
         }
         disarm(&hit, name);
         reach_the_next(&own, name);
+        current.is(&own);
         assert_ne!(own.connect().unwrap().instance, instance, "{name}");
         assert_eq!(left_in_shm(instance), Vec::<String>::new(), "{name}: not swept");
         witness.check();
