@@ -224,7 +224,7 @@ impl Books {
             return Err(Trouble::new(
                 ErrorCode::Limit,
                 format!("the catalog has {most} datasets, which is the most there can be"),
-                "drop datasets that are not needed (`shmquant ls`, `shmquant drop`)",
+                "drop datasets that are not needed (`shmquant ls` lists them, `q.drop(name)` drops one)",
             ));
         }
         // The request that holds the flight comes with a fingerprint; others must not take its name.

@@ -195,8 +195,8 @@ fn datasets_are_named_as_what_takes_the_room() {
     lane.releases.push(released(&lease, false));
     let failure = lane.quantize(&big()).unwrap_err();
     assert_eq!(failure.code, ErrorCode::NoRoom);
-    assert!(failure.message.contains("datasets take 10.0 MiB"), "{failure:?}");
-    assert!(failure.hint.contains("shmquant drop"), "{failure:?}");
+    assert!(failure.message.contains("datasets take 8.1 MiB"), "{failure:?}");
+    assert!(failure.hint.contains("q.drop(name)"), "{failure:?}");
 }
 
 #[test]
