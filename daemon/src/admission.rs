@@ -21,6 +21,9 @@ const MOST_RESERVE: u64 = 64 << 20;
 /// A session with several lanes has other threads that may be about to release something.
 const GRACE: Duration = Duration::from_millis(300);
 
+/// Idle segments that go at once where a limit of the process is met.
+const SHED: usize = 16;
+
 /// Who waits and what has been promised.
 #[derive(Debug, Default)]
 pub(crate) struct Admission {
@@ -109,7 +112,7 @@ impl Books {
         let resident = self.registry.bytes();
         // A quarter of what the host could give stays the host's.
         let host = (seen.host.saturating_add(resident) / 4 * 3).saturating_sub(resident);
-        let growth = host.min(seen.cgroup.unwrap_or(u64::MAX)).saturating_sub(in_flight);
+        let growth = host.min(seen.hard()).saturating_sub(in_flight);
         let limit = self.charged().saturating_add(growth);
         self.admission.limit = budget.map_or(limit, |b| b.min(limit));
         self.admission.limit
@@ -199,6 +202,18 @@ impl Books {
             self.retire(id);
             got += size;
         }
+    }
+
+    /// Retires some of the segments that have been idle longest, of whoever has most of them; false if none is idle.
+    pub(crate) fn retire_idle(&mut self) -> bool {
+        let mut some = false;
+        for _ in 0..SHED {
+            let most = self.sessions.values_mut().max_by_key(|a| a.pool.bytes());
+            let Some((id, _)) = most.and_then(|a| a.pool.take_oldest(Duration::ZERO)) else { break };
+            self.retire(id);
+            some = true;
+        }
+        some
     }
 
     /// Bytes that will not come free while the session waits: what it holds itself, and datasets.

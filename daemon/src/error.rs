@@ -119,7 +119,8 @@ impl From<SegmentError> for Trouble {
         if code == ErrorCode::Internal {
             tracing::error!("{message}");
         }
-        Self::new(code, message, hint)
+        // Who reads this is another process, with limits of its own.
+        Self::new(code, format!("in the daemon: {message}"), hint)
     }
 }
 

@@ -2,6 +2,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::sys::statvfs::statvfs;
+use shmquant_protocol::segment::Backing;
 
 /// What the system says about memory, all in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -10,12 +14,38 @@ pub(crate) struct Headroom {
     pub(crate) host: u64,
     /// What the tightest of our memory cgroups still lets us take; `None` without a limit.
     pub(crate) cgroup: Option<u64>,
+    /// What the file system of the segments still takes; `None` without one.
+    pub(crate) files: Option<u64>,
 }
+
+/// What was read last. It takes descriptors to read, and where a process has used up its own, "nobody knows"
+/// must not become "there is no limit".
+static LAST_HOST: AtomicU64 = AtomicU64::new(u64::MAX);
+static LAST_CGROUP: AtomicU64 = AtomicU64::new(u64::MAX);
 
 impl Headroom {
     /// Reads it anew.
-    pub(crate) fn read() -> Self {
-        Self { host: host_available().unwrap_or(u64::MAX), cgroup: cgroups(Path::new("/")) }
+    pub(crate) fn read(backing: Backing) -> Self {
+        let files = match backing {
+            Backing::Memfd => None,
+            Backing::Posix => statvfs("/dev/shm")
+                .ok()
+                .and_then(|stat| stat.blocks_available().checked_mul(stat.fragment_size())),
+        };
+        let cgroup = cgroups(Path::new("/"));
+        let Some(host) = host_available() else {
+            let last = LAST_CGROUP.load(Ordering::Relaxed);
+            let cgroup = Some(last).filter(|last| *last < u64::MAX);
+            return Self { host: LAST_HOST.load(Ordering::Relaxed), cgroup, files };
+        };
+        LAST_HOST.store(host, Ordering::Relaxed);
+        LAST_CGROUP.store(cgroup.unwrap_or(u64::MAX), Ordering::Relaxed);
+        Self { host, cgroup, files }
+    }
+
+    /// Bytes that may still be taken by limits that are not shared out: they are what they say.
+    pub(crate) fn hard(&self) -> u64 {
+        self.cgroup.unwrap_or(u64::MAX).min(self.files.unwrap_or(u64::MAX))
     }
 }
 
@@ -146,6 +176,8 @@ mod tests {
 
     #[test]
     fn this_host_tells() {
-        assert!(Headroom::read().host < u64::MAX);
+        let seen = Headroom::read(Backing::Posix);
+        assert!(seen.host < u64::MAX && seen.hard() < u64::MAX);
+        assert_eq!(Headroom::read(Backing::Memfd).files, None);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -76,7 +76,8 @@ impl Hub {
         Locked::new(lock(&self.books))
     }
 
-    /// Makes a segment whose bytes have been promised.
+    /// Makes a segment whose bytes have been promised. Where a limit of this process is met, idle memory goes
+    /// first: it takes descriptors and mappings that are of more use here.
     pub(crate) fn make_segment(
         &self,
         kind: Kind,
@@ -84,8 +85,27 @@ impl Hub {
     ) -> Result<(u64, Arc<SegmentMemory>), SegmentError> {
         let id = self.books().registry.next_id();
         let name = SegmentName { instance: self.instance, kind, id };
-        let segment = Segment::create(self.config.backing, &name, size)?;
+        let segment = loop {
+            match Segment::create(self.config.backing, &name, size) {
+                Err(
+                    SegmentError::FdLimit { .. }
+                    | SegmentError::MapLimit { .. }
+                    | SegmentError::AddressSpace { .. }
+                    | SegmentError::NoRoom { .. },
+                ) if self.shed_idle() => {}
+                made => break made?,
+            }
+        };
         Ok((id, Arc::new(SegmentMemory::new(segment, self.reaper.clone()))))
+    }
+
+    /// Frees a part of the memory that nobody uses, and waits until it is gone; false if there was none.
+    fn shed_idle(&self) -> bool {
+        if !self.books().retire_idle() {
+            return false;
+        }
+        let (gone, wait) = channel();
+        self.reaper.send(Dead::Until(gone)).is_ok() && wait.recv().is_ok()
     }
 
     /// A result larger than this is refused before anything is made for it.

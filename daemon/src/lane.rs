@@ -321,7 +321,7 @@ pub(crate) fn grow<'a>(
     loop {
         current.go_on()?;
         let at = hub.books().snapshot();
-        let seen = Headroom::read();
+        let seen = Headroom::read(hub.config.backing);
         let verdict = {
             let mut books = hub.books();
             books.account(turn.asked.session)?;

@@ -98,7 +98,8 @@ pub enum SegmentError {
 
     /// The address space of this process is full or capped (`RLIMIT_AS`).
     #[error(
-        "{what}: no address space for {size} bytes (address space limit: {})",
+        "{what}: no address space for {size} bytes (address space limit: {})\n\
+         hint: raise it with `ulimit -v unlimited` (LimitAS= in a systemd unit)",
         bytes_or_unknown(*.limit)
     )]
     AddressSpace {
