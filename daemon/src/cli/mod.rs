@@ -12,6 +12,7 @@ use shmquant_protocol::client::{ClientError, StartCommand};
 
 mod attach;
 mod dequantize;
+mod doctor;
 mod error;
 mod info;
 mod input;
@@ -55,6 +56,7 @@ enum Command {
     Dequantize(dequantize::Args),
     Info(info::Args),
     Schemes(schemes::Args),
+    Doctor(doctor::Args),
 }
 
 /// Runs the command line `args`, the program's name first, in a process whose executable is the command itself.
@@ -113,5 +115,6 @@ fn run(cli: Cli, start: StartCommand, out: &mut dyn Write) -> Result<(), CliErro
         Command::Dequantize(args) => dequantize::run(&args, out),
         Command::Info(args) => info::run(&args, out),
         Command::Schemes(args) => schemes::run(&args, out),
+        Command::Doctor(args) => doctor::run(&args, &link()?, out),
     }
 }
