@@ -538,3 +538,24 @@ fn connect_and_fork() {
     grandchild.kill().unwrap();
     grandchild.wait().unwrap();
 }
+
+#[test]
+fn last_words_are_heard_from_a_peer_that_did_not_listen() {
+    for blocking in [true, false] {
+        let (a, b) = Connection::pair().unwrap();
+        a.send(b"never read", &[]).unwrap();
+        b.send(b"first", &[]).unwrap();
+        b.send(b"last words", &[]).unwrap();
+        // It closes with a frame in its queue: the kernel tells `a` of a reset before anything else.
+        drop(b);
+        let (mut buf, mut fds) = ([0; 64], Vec::new());
+        let mut next = || match blocking {
+            true => a.recv(&mut buf, &mut fds).map(|received| buf[..received.len].to_vec()),
+            false => a.try_recv(&mut buf, &mut fds).map(|received| buf[..received.unwrap().len].to_vec()),
+        };
+        assert_eq!(next().unwrap(), b"first");
+        assert_eq!(next().unwrap(), b"last words");
+        assert!(matches!(next().unwrap_err(), SocketError::Closed));
+        assert!(matches!(next().unwrap_err(), SocketError::Closed));
+    }
+}

@@ -262,6 +262,7 @@ impl Connection {
         flags: libc::c_int,
     ) -> Result<Option<Received>, SocketError> {
         fds.clear();
+        let mut was_reset = false;
         loop {
             let error = match sys::recv(self.fd.as_fd(), buf, fds, flags) {
                 Ok(Arrived { len: 1.., cut: false, fds_cut: false }) if fds.len() > MAX_FDS => {
@@ -280,6 +281,12 @@ impl Connection {
                 Ok(Arrived { len, .. }) => SocketError::FdsLost { len, limit: fd_limit() },
                 Err(Errno::EINTR) => continue,
                 Err(Errno::EAGAIN) => return Ok(None),
+                // The peer closed without having read all that was sent. The kernel says so once, before the
+                // frames that the peer sent: its last words are still to be read.
+                Err(Errno::ECONNRESET) if !was_reset => {
+                    was_reset = true;
+                    continue;
+                }
                 Err(Errno::ECONNRESET | Errno::ENOTCONN) => SocketError::Closed,
                 Err(errno) => refused("receiving a frame", errno),
             };
