@@ -295,7 +295,8 @@ impl Books {
         let hint = if count > 0 {
             format!("you hold {count} results, {}: release them", size(bytes))
         } else if named > 0 {
-            "drop datasets that are not needed (`shmquant ls` lists them, `q.drop(name)` drops one)".to_owned()
+            "drop datasets that are not needed (`shmquant ls` lists them, `q.drop(name)` drops one)"
+                .to_owned()
         } else {
             "quantize in smaller pieces, or give the daemon a larger budget or more memory".to_owned()
         };
