@@ -291,8 +291,12 @@ impl Books {
         };
         entry.drop_lease(session);
         entry.exposed |= release.tainted;
+        let has_it = entry.leases_of(session) > 0 || entry.mapped.contains(&session);
         if let Some(account) = self.sessions.get_mut(&session) {
             account.holds = account.holds.saturating_sub(1);
+            if !has_it {
+                account.segments.remove(&release.segment);
+            }
         }
         failpoint("daemon.released");
         self.settle(release.segment);
@@ -496,3 +500,6 @@ fn new_entry(id: u64, home: u64, memory: Arc<SegmentMemory>, life: Life) -> Entr
         created: SystemTime::now(),
     }
 }
+
+#[cfg(test)]
+mod model;

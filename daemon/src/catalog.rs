@@ -120,6 +120,10 @@ impl Catalog {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
     use super::*;
 
     fn dataset(name: &str, segment: u64, fingerprint: Fingerprint) -> Dataset {
@@ -149,5 +153,78 @@ mod tests {
         catalog.land("x");
         assert_eq!(catalog.after(0).map(|(_, d)| d.extent.segment).collect::<Vec<_>>(), [8]);
         assert!(catalog.remove("x").is_some() && catalog.remove("x").is_none());
+    }
+
+    const NAMES: [&str; 4] = ["a", "b", "c", "d"];
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Single flight, names and pages against plain maps.
+        #[test]
+        fn the_catalog_is_a_map_of_names(steps in prop::collection::vec((0u8..5, 0u8..4, 0u8..3, any::<bool>()), 1..80)) {
+            let mut catalog = Catalog::default();
+            let mut names = BTreeMap::<&str, (u64, Option<u8>)>::new();
+            let mut order = Vec::<&str>::new();
+            let mut flights = BTreeSet::<&str>::new();
+            let print = |kind: u8| Fingerprint::new([kind; 16], b"spec");
+            for (serial, (what, name, kind, replace)) in steps.into_iter().enumerate() {
+                let name = NAMES[usize::from(name)];
+                match what {
+                    0 | 1 => {
+                        let found = catalog.reserve(name, print(kind), replace);
+                        let expected = match names.get(name) {
+                            Some((segment, Some(there))) if *there == kind => {
+                                let extent = Extent { segment: *segment, generation: 1, offset: 0, length: 1 };
+                                Found::Existing(extent)
+                            }
+                            Some(_) if !replace => Found::Taken,
+                            _ if flights.contains(name) => Found::InFlight,
+                            _ => Found::Mine,
+                        };
+                        prop_assert_eq!(found, expected);
+                        if found == Found::Mine {
+                            flights.insert(name);
+                        }
+                    }
+                    2 => {
+                        let segment = serial as u64;
+                        let before = catalog.put(Dataset {
+                            name: name.to_owned(),
+                            extent: Extent { segment, generation: 1, offset: 0, length: 1 },
+                            fingerprint: replace.then(|| print(kind)),
+                            created: SystemTime::UNIX_EPOCH,
+                            pid: 1,
+                            command: String::new(),
+                        });
+                        let known = names.insert(name, (segment, replace.then_some(kind)));
+                        prop_assert_eq!(before.map(|d| d.extent.segment), known.map(|(segment, _)| segment));
+                        order.retain(|n| *n != name);
+                        order.push(name);
+                    }
+                    3 => {
+                        catalog.land(name);
+                        flights.remove(name);
+                    }
+                    _ => {
+                        let removed = catalog.remove(name).map(|d| d.extent.segment);
+                        prop_assert_eq!(removed, names.remove(name).map(|(segment, _)| segment));
+                        order.retain(|n| *n != name);
+                    }
+                }
+                prop_assert_eq!(catalog.len(), names.len());
+                let listed: Vec<_> = catalog.after(0).map(|(_, d)| d.name.as_str()).collect();
+                prop_assert_eq!(&listed, &order);
+                let mut cursor = 0;
+                for name in &order {
+                    let (serial, next) = catalog.after(cursor).next().unwrap();
+                    prop_assert_eq!(next.name.as_str(), *name);
+                    prop_assert_eq!(catalog.get(name).map(|d| d.extent.segment), Some(names[name].0));
+                    cursor = serial;
+                }
+                let flying: BTreeSet<_> = catalog.flights().map(|(name, _)| name).collect();
+                prop_assert_eq!(&flying, &flights);
+            }
+        }
     }
 }

@@ -135,7 +135,7 @@ fn answer(hub: &Hub, session: &Session, message: Message) -> Result<Answer, Trou
 }
 
 impl Books {
-    fn open(&mut self, session: u64, target: Target) -> Result<(Granted, String), Trouble> {
+    pub(crate) fn open(&mut self, session: u64, target: Target) -> Result<(Granted, String), Trouble> {
         match target {
             Target::Name(name) => {
                 let Some(dataset) = self.catalog.get(&name) else {
@@ -166,7 +166,7 @@ impl Books {
         }
     }
 
-    fn make_ticket(&mut self, session: u64, extent: Extent, secret: [u8; 16]) -> Result<u64, Trouble> {
+    pub(crate) fn make_ticket(&mut self, session: u64, extent: Extent, secret: [u8; 16]) -> Result<u64, Trouble> {
         let most = self.max_holds();
         if self.account(session)?.holds >= most {
             return Err(too_many_holds(most));
@@ -179,7 +179,7 @@ impl Books {
     }
 
     /// Removes a ticket and its hold.
-    fn end_ticket(&mut self, number: u64) {
+    pub(crate) fn end_ticket(&mut self, number: u64) {
         if let Some(ticket) = self.tickets.remove(number) {
             self.ticket_ended(ticket.segment, ticket.generation, ticket.sender);
         }
@@ -213,6 +213,8 @@ impl Books {
         fingerprint: Option<Fingerprint>,
         most: u64,
     ) -> Result<(), Trouble> {
+        let entry = self.registry.complete_mut(extent.segment, extent.generation);
+        let entry = entry.filter(|e| e.leases_of(session.id) > 0 && e.extent() == extent).ok_or_else(gone)?;
         if let Some(there) = self.catalog.get(&name) {
             if there.extent == extent {
                 return Ok(());
@@ -231,8 +233,6 @@ impl Books {
         if fingerprint.is_none() && !replace && self.catalog.flights().any(|(flight, _)| flight == name) {
             return Err(name_exists(&name));
         }
-        let entry = self.registry.complete_mut(extent.segment, extent.generation);
-        let entry = entry.filter(|e| e.leases_of(session.id) > 0 && e.extent() == extent).ok_or_else(gone)?;
         entry.datasets += 1;
         entry.exposed = true;
         let before = self.catalog.put(Dataset {
@@ -249,7 +249,7 @@ impl Books {
         Ok(())
     }
 
-    fn drop_dataset(&mut self, name: &str) -> Result<(), Trouble> {
+    pub(crate) fn drop_dataset(&mut self, name: &str) -> Result<(), Trouble> {
         let dataset = self.catalog.remove(name).ok_or_else(|| no_dataset(name))?;
         self.unpublished(&dataset);
         Ok(())

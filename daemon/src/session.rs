@@ -33,6 +33,13 @@ pub(crate) struct Session {
 }
 
 impl Session {
+    /// A session of this process that nobody watches.
+    #[cfg(test)]
+    pub(crate) fn unwatched(id: u64, connection: Arc<Connection>) -> Arc<Self> {
+        let (pid, started) = (std::process::id() as i32, SystemTime::now());
+        Arc::new(Self { id, token: [0; 16], pid, command: String::new(), started, connection, pidfd: None })
+    }
+
     /// The watcher has heard of the process's end.
     pub(crate) fn unwatch(&self, hub: &Hub) {
         if let Some(pidfd) = &self.pidfd {
