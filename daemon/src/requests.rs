@@ -166,7 +166,12 @@ impl Books {
         }
     }
 
-    pub(crate) fn make_ticket(&mut self, session: u64, extent: Extent, secret: [u8; 16]) -> Result<u64, Trouble> {
+    pub(crate) fn make_ticket(
+        &mut self,
+        session: u64,
+        extent: Extent,
+        secret: [u8; 16],
+    ) -> Result<u64, Trouble> {
         let most = self.max_holds();
         if self.account(session)?.holds >= most {
             return Err(too_many_holds(most));
