@@ -124,7 +124,7 @@ impl Hub {
 
     /// Microseconds a client may poll.
     pub(crate) fn poll_micros(&self) -> u32 {
-        if self.spinners > 0 { SPIN.as_micros() as u32 } else { 0 }
+        if self.spinners > 0 { CLIENT_SPIN.as_micros() as u32 } else { 0 }
     }
 
     // Connections.
@@ -205,6 +205,9 @@ impl Hub {
 
 /// How long a thread may poll.
 pub(crate) const SPIN: Duration = Duration::from_micros(50);
+/// How long a client may poll: longer than it takes to wake a lane of ours and to work on a small request, or both sides
+/// would find each other asleep for ever.
+const CLIENT_SPIN: Duration = Duration::from_micros(200);
 
 /// The permit to poll.
 #[derive(Debug)]

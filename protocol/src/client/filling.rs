@@ -2,7 +2,7 @@
 #![allow(unsafe_code, reason = "chunks are disjoint parts of a window")]
 
 use std::ops::Range;
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::error::ClientError;
@@ -32,6 +32,8 @@ struct State {
     /// First chunks of the runs that are being written: few, one a thread.
     running: Vec<usize>,
     stopped: bool,
+    /// Threads that wait for a change: without any, nobody is woken, which would be a system call.
+    waiting: usize,
     /// The source panicked: its chunk will never be written.
     failed: bool,
 }
@@ -56,6 +58,7 @@ impl<'a> Filling<'a> {
             limit: list.writable(0),
             running: Vec::with_capacity(8),
             stopped: false,
+            waiting: 0,
             failed: false,
         };
         Ok(Self { list, source, window, state: Mutex::new(state), changed: Condvar::new() })
@@ -67,15 +70,15 @@ impl<'a> Filling<'a> {
         let mut state = lock(&self.state);
         if limit > state.limit {
             state.limit = limit;
-            drop(state);
-            self.changed.notify_all();
+            self.wake(state);
         }
     }
 
     /// Nothing more is to be written. Runs that have begun are finished.
     pub(super) fn stop(&self) {
-        lock(&self.state).stopped = true;
-        self.changed.notify_all();
+        let mut state = lock(&self.state);
+        state.stopped = true;
+        self.wake(state);
     }
 
     /// Writes one run. False if there is none to take now.
@@ -100,7 +103,11 @@ impl<'a> Filling<'a> {
                 }
                 match self.claim(&mut state) {
                     Some(run) => break run,
-                    None => state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                    None => {
+                        state.waiting += 1;
+                        state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                        state.waiting -= 1;
+                    }
                 }
             };
             drop(state);
@@ -118,12 +125,23 @@ impl<'a> Filling<'a> {
     ///
     /// Both are looked at together: a thread that ended since `mark` was asked for must not be missed.
     pub(super) fn moves_beyond(&self, mark: usize, at_most: Duration) -> bool {
-        let state = lock(&self.state);
+        let mut state = lock(&self.state);
         if state.running.is_empty() {
             return state.next != mark || state.failed;
         }
-        drop(self.changed.wait_timeout(state, at_most).unwrap_or_else(PoisonError::into_inner));
+        state.waiting += 1;
+        state = self.changed.wait_timeout(state, at_most).unwrap_or_else(PoisonError::into_inner).0;
+        state.waiting -= 1;
         true
+    }
+
+    /// Wakes whoever waits for what the caller has just changed.
+    fn wake(&self, state: MutexGuard<'_, State>) {
+        let waiting = state.waiting;
+        drop(state);
+        if waiting > 0 {
+            self.changed.notify_all();
+        }
     }
 
     fn claim(&self, state: &mut State) -> Option<Range<usize>> {
@@ -173,8 +191,7 @@ impl Drop for Done<'_, '_> {
             state.stopped = true;
             state.failed = true;
         }
-        drop(state);
-        self.filling.changed.notify_all();
+        self.filling.wake(state);
     }
 }
 

@@ -197,12 +197,14 @@ struct State {
     idle: Vec<Lane>,
     open: u32,
     most: u32,
+    /// Calls that wait for a lane: without any, nobody is woken, which would be a system call.
+    waiting: u32,
     ended: bool,
 }
 
 impl Lanes {
     pub(super) fn new(most: u32) -> Self {
-        let state = State { idle: Vec::new(), open: 0, most: most.max(1), ended: false };
+        let state = State { idle: Vec::new(), open: 0, most: most.max(1), waiting: 0, ended: false };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -239,7 +241,9 @@ impl Lanes {
                 }
             }
             let wait = clock.wait_for();
+            state.waiting += 1;
             state = self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+            state.waiting -= 1;
             if let Some(stop) = clock.check() {
                 return Err(clock.error(stop));
             }
@@ -290,14 +294,18 @@ impl Lanes {
 
     fn put(&self, link: &Link, lane: Lane, whole: bool) {
         let mut state = lock(&self.state);
+        let waited_for = state.waiting > 0;
         if whole && !state.ended {
             state.idle.push(lane);
+            drop(state);
         } else {
             state.open -= 1;
             drop(state);
             lane.close(link);
         }
-        self.changed.notify_one();
+        if waited_for {
+            self.changed.notify_one();
+        }
     }
 
     /// Closes the lanes that no call uses, for their descriptors. True if there were any.

@@ -12,6 +12,7 @@ mod fork;
 mod held;
 mod lane;
 mod leases;
+mod polling;
 mod primary;
 mod report;
 mod returns;
@@ -136,7 +137,7 @@ impl Session {
             progress: options.progress,
             helpers: link.helpers(),
             primary: link.primary(),
-            spin: link.spin(),
+            polling: link.polling(),
         };
         let outcome = stream::run(lane, request, &mut clock);
         let mut fds = std::mem::take(&mut lane.wire.fds);

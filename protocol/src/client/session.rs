@@ -15,6 +15,7 @@ use super::fork::{Descriptors, Process};
 use super::held::Held;
 use super::lane::Lanes;
 use super::leases::{Attached, Leases, lock};
+use super::polling::Polling;
 use super::primary::{Primary, Reply};
 use super::start::{self, Turn};
 use crate::chunks::MIN_WINDOW;
@@ -40,7 +41,7 @@ pub(super) struct Link {
     address: Address,
     welcome: Welcome,
     window: u64,
-    spin: Duration,
+    polling: Polling,
     primary: Primary,
     lanes: Lanes,
     leases: Arc<Leases>,
@@ -99,7 +100,7 @@ impl Link {
             process: Process::current(),
             address: config.address.clone(),
             window: config.window.unwrap_or(0).min(welcome.max_window),
-            spin: Duration::from_micros(u64::from(poll)),
+            polling: Polling::new(Duration::from_micros(u64::from(poll))),
             primary: Primary::new(connection),
             lanes: Lanes::new(most),
             leases,
@@ -134,9 +135,8 @@ impl Link {
         self.window
     }
 
-    /// How long to ask for a reply before sleeping.
-    pub(super) fn spin(&self) -> Duration {
-        self.spin
+    pub(super) fn polling(&self) -> &Polling {
+        &self.polling
     }
 
     pub(super) fn primary(&self) -> &Primary {

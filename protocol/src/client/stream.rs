@@ -7,6 +7,7 @@ use super::copying::Helpers;
 use super::error::ClientError;
 use super::filling::Filling;
 use super::lane::{Event, Lane, Wire};
+use super::polling::{Polling, Turn};
 use super::primary::Primary;
 use super::report::{ITEM_BYTES, ItemReport};
 use super::session::Progress;
@@ -36,8 +37,8 @@ pub(super) struct Request<'a> {
     pub(super) helpers: &'a Helpers,
     /// For `CANCEL` when all is written.
     pub(super) primary: &'a Primary,
-    /// How long to ask for the reply before sleeping.
-    pub(super) spin: Duration,
+    /// For the reply of a small request.
+    pub(super) polling: &'a Polling,
 }
 
 /// A request's result; its descriptor, if one came, is in the lane.
@@ -69,7 +70,7 @@ pub(super) fn run(
     let Ok(chunks) = u32::try_from(list.chunks.len()) else {
         return Ok(Err(ClientError::TooLarge { bytes: u64::MAX, most }));
     };
-    let Request { source, naming, releases, progress, helpers, primary, spin } = request;
+    let Request { source, naming, releases, progress, helpers, primary, polling } = request;
     let timeout = clock.milliseconds();
     let quantize =
         |ready| Message::Quantize(Quantize { descriptor: bytes, ready, timeout, named: naming, releases });
@@ -84,7 +85,8 @@ pub(super) fn run(
         wire.send(&quantize(chunks), clock)?;
         failpoint("client.quantize_sent");
         stream.report(total);
-        stream.answer(wire, spin, clock)?
+        let turn = polling.take();
+        stream.answer(wire, turn.as_ref().map_or(Duration::ZERO, Turn::length), clock)?
     } else {
         // Before any value is copied: the daemon plans and makes room meanwhile.
         wire.send(&quantize(0), clock)?;
