@@ -336,3 +336,34 @@ def test_schemes_and_the_typed_literal_are_the_same_words():
     from typing import get_args
 
     assert list(shmquant.schemes()) == list(get_args(shmquant.Scheme))
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor", "dimension"])
+def test_tables_of_one_shape_share_nothing_but_their_layout(q, granularity):
+    """What is kept of one request for the next must not show in its values, null counts or parameters."""
+    for bad in ([], [2], [], [0, 7], [5], [5]):
+        x = vectors(8, 16) * np.float32(1 + len(bad))
+        good = np.setdiff1d(np.arange(8), bad)
+        x[bad, 3] = np.nan
+        r = q.quantize(x, "int8", granularity=granularity, on_nonfinite="null")
+        codes = r.table.column("vector").chunk(0)
+        assert codes.null_count == len(bad)
+        assert [i for i, valid in enumerate(codes.is_valid().to_pylist()) if not valid] == bad
+        assert r.stats["vector"].n_nulled == len(bad)
+        decoded = np.stack(r.dequantize().column("vector").take(good).to_numpy())
+        assert np.abs(decoded - x[good]).max() <= np.abs(x[good]).max() / 127
+        r.table.validate(full=True)
+
+
+def test_results_of_different_tables_do_not_mix(q):
+    """More shapes than a lane keeps layouts of, in turn."""
+    for _ in range(3):
+        for dim in (4, 8, 12, 16, 20, 24):
+            x = vectors(3, dim)
+            r = q.quantize({"a": x}, "uint8") if dim == 8 else q.quantize(x, "uint8")
+            found = r.table
+            assert found.num_rows == (1 if dim == 8 else 3)
+            if dim != 8:
+                assert np.array_equal(
+                    r.codes("vector")[1], ref.codes(x[1], *ref.params(x[1], "uint8"), "uint8")
+                )

@@ -97,7 +97,7 @@ pub(crate) fn serve(
     port.send(request, &joined, Some(&window.memory))?;
     failpoint("daemon.joined");
     fpu::no_flushing();
-    let mut scratch = Vec::new();
+    let mut kept = quantize::Kept::default();
     loop {
         let (request, message) = port.recv(Some(hub))?;
         match message {
@@ -108,13 +108,10 @@ pub(crate) fn serve(
                 hub.books().move_window(window.id, WindowLife::Submitted)?;
                 failpoint("daemon.quantize_received");
                 let mut current = Current::new(hub, &lane, port, request);
-                let answer = quantize::quantize(&mut current, &window, asked, &mut scratch);
+                let answer = quantize::quantize(&mut current, &window, asked, &mut kept);
                 hub.books().move_window(window.id, WindowLife::Writing)?;
                 requests::deliver(hub, &lane.session, port, request, answer)?;
-                // One wide table must not keep its descriptor's memory for ever.
-                if scratch.capacity() > 1 << 20 {
-                    scratch = Vec::new();
-                }
+                kept.shrink();
             }
             Ok(message) => requests::serve(hub, &lane.session, port, request, message)?,
         }

@@ -19,7 +19,7 @@ use crate::hub::Hub;
 use crate::job::Job;
 use crate::lane::{Answered, Current, Lane, Room, Window, grow, stopping};
 use crate::memory::{Memory, copy_in, copy_out, poison};
-use crate::plan::Plan;
+use crate::plan::{Plan, Plans};
 use crate::pool::class_of;
 use crate::requests::{Answer, name_exists};
 use crate::session::Busy;
@@ -27,12 +27,28 @@ use crate::session::Busy;
 /// Requests of at most so many bytes run on the lane's own thread: waking a worker costs more.
 const INLINE: u64 = 256 << 10;
 
+/// What a lane keeps between its requests.
+#[derive(Debug, Default)]
+pub(crate) struct Kept {
+    descriptor: Vec<u8>,
+    plans: Plans,
+}
+
+impl Kept {
+    /// One wide table must not keep its descriptor's memory for ever.
+    pub(crate) fn shrink(&mut self) {
+        if self.descriptor.capacity() > 1 << 20 {
+            self.descriptor = Vec::new();
+        }
+    }
+}
+
 /// Works on one request to its answer.
 pub(crate) fn quantize(
     current: &mut Current<'_, '_>,
     window: &Window,
     asked: Quantize,
-    scratch: &mut Vec<u8>,
+    kept: &mut Kept,
 ) -> Answered {
     let hub = current.hub;
     let session = current.lane.session.clone();
@@ -51,9 +67,19 @@ pub(crate) fn quantize(
         NO_TIMEOUT => None,
         ms => Some(Instant::now() + Duration::from_millis(u64::from(ms))),
     };
-    let descriptor = read_descriptor(window, asked.descriptor, scratch)?;
+    let Kept { descriptor: scratch, plans } = kept;
+    copy_descriptor(window, asked.descriptor, scratch)?;
     failpoint("daemon.descriptor_copied");
-    let plan = Arc::new(Plan::new(descriptor, asked.descriptor, window.size, hub.most_result())?);
+    let plan = match plans.get(scratch) {
+        Some(plan) => plan,
+        None => {
+            let descriptor = Descriptor::decode(scratch)?;
+            let made = Plan::new(descriptor, asked.descriptor, window.size, hub.most_result())?;
+            let plan = Arc::new(made);
+            plans.put(scratch, &plan);
+            plan
+        }
+    };
     failpoint("daemon.planned");
     current.chunks = plan.chunks().chunks.len();
     current.wrote(asked.ready)?;
@@ -93,7 +119,7 @@ pub(crate) fn quantize(
     Ok(Answer::leased(Message::Done { lease: granted.lease, report }, granted))
 }
 
-fn read_descriptor(window: &Window, bytes: u64, scratch: &mut Vec<u8>) -> Result<Descriptor, Trouble> {
+fn copy_descriptor(window: &Window, bytes: u64, scratch: &mut Vec<u8>) -> Result<(), Trouble> {
     let most = window.size / 4;
     if bytes > most {
         return Err(Trouble::new(
@@ -110,7 +136,7 @@ fn read_descriptor(window: &Window, bytes: u64, scratch: &mut Vec<u8>) -> Result
             "",
         ));
     }
-    Ok(Descriptor::decode(scratch)?)
+    Ok(())
 }
 
 // Names.

@@ -53,9 +53,13 @@ pub(super) fn complete(job: &Job, whole: Whole<'_>) -> Result<Complete, Failure>
             }
         }
     }
-    let none = Params { id: 0, scales: Vec::new(), zero_points: Vec::new() };
-    let schema = plan.schema(&|item| embedded.get(&item).unwrap_or(&none).clone());
-    writer.finish(&schema)?;
+    if embedded.is_empty() {
+        writer.finish(plan.fixed_schema_texts())?;
+    } else {
+        let none = Params { id: 0, scales: Vec::new(), zero_points: Vec::new() };
+        let schema = plan.schema(&|item| embedded.get(&item).unwrap_or(&none).clone());
+        writer.finish(&plan.schema_texts(&schema))?;
+    }
     validate::kept_columns(job)?;
     let mut text = Vec::new();
     for (index, outcome) in outcomes.iter().enumerate() {

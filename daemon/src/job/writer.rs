@@ -1,11 +1,10 @@
 //! What is written when all chunks have ended: offsets, validity, metadata, and zeros wherever nothing else is.
 
-use arrow_schema::Schema;
 use shmquant_protocol::message::Failure;
 
 use super::access::Whole;
 use super::fault::internal;
-use crate::plan::{BufferId, END, MAGIC, NodeId, Plan};
+use crate::plan::{BufferId, END, MAGIC, NodeId, Plan, SchemaTexts};
 
 const ALIGN: u64 = shmquant_protocol::chunks::ALIGN;
 
@@ -113,7 +112,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Writes all metadata and clears all that no buffer uses: recycled memory never shows what it held.
-    pub(super) fn finish(mut self, schema: &Schema) -> Result<(), Failure> {
+    pub(super) fn finish(mut self, schema: &SchemaTexts) -> Result<(), Failure> {
         let plan = self.plan;
         let file = plan.file();
         for (index, (at, bytes)) in file.buffers().enumerate() {
@@ -122,16 +121,16 @@ impl<'a> Writer<'a> {
             self.at(at + used, end - used)?.fill(0);
         }
         self.at(0, MAGIC.len() as u64)?.copy_from_slice(&MAGIC);
-        let (message, footer) = plan.schema_flatbuffers(schema);
+        let (message, footer) = schema;
         let (at, bytes) = file.schema();
-        self.head(at, bytes, &message)?;
+        self.head(at, bytes, message)?;
         let (nulls, used) = (std::mem::take(&mut self.nulls), std::mem::take(&mut self.used));
-        for (at, bytes, message) in file.heads(&nulls, &used) {
-            self.head(at, bytes, &message)?;
+        for (at, bytes, message) in &plan.heads(nulls, used).heads {
+            self.head(*at, *bytes, message)?;
         }
         let (end, length) = (file.end(), file.length());
         let mut tail = END.to_vec();
-        tail.extend_from_slice(&footer);
+        tail.extend_from_slice(footer);
         tail.extend_from_slice(&(footer.len() as u32).to_le_bytes());
         tail.extend_from_slice(&MAGIC[..6]);
         if end + tail.len() as u64 != length {

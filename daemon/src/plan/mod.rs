@@ -3,11 +3,14 @@
 //! Nothing here touches shared memory. Sizes come from outside, so every sum is checked, and what is larger than
 //! allowed is refused before anything in proportion to it is built.
 
+mod cache;
 mod columns;
 mod file;
 mod ipc;
 mod kept;
 mod layers;
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use arrow_schema::Schema;
 use shmquant_kernels::{Affine, Granularity, Layout, OnNonFinite, Sizes};
@@ -15,6 +18,7 @@ use shmquant_protocol::chunks::{CHUNK_BYTES, ChunkList};
 use shmquant_protocol::descriptor::{Body, Descriptor, Params, Role, Spec, TableKind, Values};
 use shmquant_protocol::message::{ErrorCode, Failure};
 
+pub use cache::Plans;
 pub(crate) use columns::{Column, is_asymmetric, with_id};
 pub(crate) use file::{BufferId, File, NodeId, Place};
 pub(crate) use ipc::{END, MAGIC};
@@ -36,6 +40,22 @@ pub struct Plan {
     schema: Schema,
     targets: Vec<Target>,
     table: Table,
+    /// The schema's flatbuffers, if no parameters are in it.
+    schema_texts: OnceLock<SchemaTexts>,
+    /// The heads of the last file of this plan, and what they say.
+    last_heads: Mutex<Option<Arc<Heads>>>,
+}
+
+/// The flatbuffers of a schema: the message and the footer.
+pub(crate) type SchemaTexts = (Vec<u8>, Vec<u8>);
+
+/// The heads of all messages, for these null counts and used bytes.
+#[derive(Debug)]
+pub(crate) struct Heads {
+    nulls: Vec<u64>,
+    used: Vec<u64>,
+    /// Place, padded bytes and flatbuffer of each.
+    pub(crate) heads: Vec<(u64, u64, Vec<u8>)>,
 }
 
 /// Where an item's results go.
@@ -135,7 +155,8 @@ impl Plan {
         if u32::try_from(chunks.chunks.len()).is_err() {
             return Err(Failure::new(ErrorCode::NoRoom, "the table has more than 2^32 chunks", ""));
         }
-        Ok(Self { descriptor, chunks, file, schema, targets, table })
+        let (schema_texts, last_heads) = (OnceLock::new(), Mutex::default());
+        Ok(Self { descriptor, chunks, file, schema, targets, table, schema_texts, last_heads })
     }
 
     /// Bytes of the result's extent.
@@ -191,9 +212,25 @@ impl Plan {
         }
     }
 
-    /// The flatbuffers of a schema: the message and the footer.
-    pub(crate) fn schema_flatbuffers(&self, schema: &Schema) -> (Vec<u8>, Vec<u8>) {
+    /// The flatbuffers of a schema.
+    pub(crate) fn schema_texts(&self, schema: &Schema) -> SchemaTexts {
         (ipc::schema(schema), self.file.footer(schema))
+    }
+
+    /// The flatbuffers of a schema without parameters, which is the same for every request of this plan.
+    pub(crate) fn fixed_schema_texts(&self) -> &SchemaTexts {
+        let none = || Params { id: 0, scales: Vec::new(), zero_points: Vec::new() };
+        self.schema_texts.get_or_init(|| self.schema_texts(&self.schema(&|_| none())))
+    }
+
+    /// The heads of all messages. Nearly always they say what they said in the request before.
+    pub(crate) fn heads(&self, nulls: Vec<u64>, used: Vec<u64>) -> Arc<Heads> {
+        let mut last = self.last_heads.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(heads) = last.as_ref().filter(|h| h.nulls == nulls && h.used == used) {
+            return heads.clone();
+        }
+        let heads = self.file.heads(&nulls, &used).collect();
+        last.insert(Arc::new(Heads { nulls, used, heads })).clone()
     }
 
     /// Indices of the kept columns in the result's schema.
