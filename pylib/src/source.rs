@@ -100,6 +100,12 @@ impl Source {
         self.table.is_layers()
     }
 
+    /// Whether columns of the finished table are the input's own.
+    #[getter]
+    fn passes_through(&self) -> bool {
+        self.table.outputs().iter().any(|output| matches!(output, Output::PassThrough { .. }))
+    }
+
     /// The finished table's columns in order: names of quantized ones with -1, or no name and the input's column.
     #[getter]
     fn outputs(&self) -> Vec<(Vec<String>, i64)> {

@@ -46,10 +46,10 @@ def read(data: Any) -> pa.Table | list[Tensor]:
     InvalidInputError
         If it is none of the kinds that are taken.
     """
-    if isinstance(data, Mapping):
-        return [_tensor(name, value) for name, value in data.items()]
     if isinstance(data, pa.Table):
         return data
+    if isinstance(data, Mapping):
+        return [_tensor(name, value) for name, value in data.items()]
     if isinstance(data, pa.RecordBatch):
         return pa.Table.from_batches([data])
     if hasattr(data, "__arrow_c_stream__"):

@@ -494,25 +494,24 @@ class ShmQuantizer:
         cancel: _native.Cancel | None,
     ) -> QuantizedTable:
         seconds = timeout_seconds(timeout)
-        until = None if seconds is None else time.monotonic() + seconds
-
-        def once() -> tuple[_native.Lease, builtins.list[tuple[Any, ...]]]:
-            left = None if until is None else max(0.0, until - time.monotonic())
-            return self._client.quantize(
-                source, timeout=left, name=name, replace=replace, progress=progress, cancel=cancel
-            )
-
+        started = time.monotonic()
         try:
-            lease, report = once()
+            lease, report = self._client.quantize(
+                source, timeout=seconds, name=name, replace=replace, progress=progress, cancel=cancel
+            )
         except NoRoomError:
             # Results in reference cycles hold memory until they are collected.
             gc.collect()
+            left = None if seconds is None else max(0.0, started + seconds - time.monotonic())
             try:
-                lease, report = once()
+                lease, report = self._client.quantize(
+                    source, timeout=left, name=name, replace=replace, progress=progress, cancel=cancel
+                )
             except NoRoomError as error:
                 raise self._with_holdings(error) from None
         passed = None
-        if name is None and table is not None:
+        # Where nothing passes through, the result is the finished table as it is.
+        if name is None and table is not None and (source.passes_through or table.schema.metadata):
             passed = PassedThrough.of(source.outputs, table)
         return QuantizedTable(self._settings, lease, passed=passed, report=(source.items, report))
 
