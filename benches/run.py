@@ -31,15 +31,19 @@ HERE = Path(__file__).parent
 DIM = 384
 
 
-def measure(cases: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each case, ``rounds`` times, the cases taking turns; two warm-up turns are not counted."""
+def measure(cases: dict[str, Callable[[], None]], rounds: int, calls: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call of each case, the cases taking turns of so many ``calls``.
+
+    There are ``rounds`` turns, before them two to warm up, which are not counted.
+    """
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(rounds + 2):
         for name, run in cases.items():
-            start = time.perf_counter()
-            run()
-            if turn >= 2:
-                times[name].append(time.perf_counter() - start)
+            for _ in range(calls):
+                start = time.perf_counter()
+                run()
+                if turn >= 2:
+                    times[name].append(time.perf_counter() - start)
     return times
 
 
@@ -87,31 +91,34 @@ def throughput(address: str, mib: int, rounds: int) -> list[dict]:
     ]
 
 
-def latency(address: str, rounds: int) -> list[dict]:
-    """One small request after the other: 4 KiB of vectors, Python to Python."""
+def latency(address: str, sleepy: str, rounds: int) -> list[dict]:
+    """One small request after the other: 4 KiB of vectors, Python to Python.
+
+    The daemon at ``address`` polls, the one at ``sleepy`` does not.
+    """
     x = np.random.default_rng(4).standard_normal((8, 128), dtype=np.float32)
     table = pa.table({"emb": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), 128)})
     q = ShmQuantizer(address=address)
+    quiet = ShmQuantizer(address=sleepy, poll=False)
     bare = limits.SocketPeer()
-
-    def with_table() -> None:
-        r = q.quantize(table, scheme="int8")
-        _ = r.table
-
     cases = {
-        "bare socket round trip": bare,
+        "bare socket round trip, without polling": bare,
         "shmquant, result object": lambda: q.quantize(table, scheme="int8"),
-        "shmquant, with .table": with_table,
+        "shmquant, with .table": lambda: q.quantize(table, scheme="int8").table,
+        "shmquant, result object, without polling": lambda: quiet.quantize(table, scheme="int8"),
+        "shmquant, with .table, without polling": lambda: quiet.quantize(table, scheme="int8").table,
         "numpy in process": peers.numpy_int8_rows(x),
     }
-    times = measure(cases, rounds)
+    # In runs: a peer that was left alone for a while has gone to sleep, which is another measurement.
+    times = measure(cases, rounds, calls=100)
     bare.close()
     return [
         {
             "case": name,
             "p50_us": statistics.median(seconds) * 1e6,
             "p99_us": statistics.quantiles(seconds, n=100)[98] * 1e6,
-            "of_bare": statistics.median(seconds) / statistics.median(times["bare socket round trip"]),
+            "of_bare": statistics.median(seconds)
+            / statistics.median(times["bare socket round trip, without polling"]),
         }
         for name, seconds in times.items()
     ]
@@ -154,14 +161,17 @@ def main() -> None:
     parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/performance.md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="shmquant-bench-") as folder:
-        address = str(Path(folder) / "daemon.sock")
+        address, sleepy = (str(Path(folder) / f"{name}.sock") for name in ("daemon", "sleepy"))
+        command = Path(sys.executable).with_name("shmquant")
+        subprocess.run([command, "serve", "--no-poll", "--detach", "--address", sleepy], check=True)
         results = {
             "machine": machine(),
-            "latency": latency(address, 3000),
+            "latency": latency(address, sleepy, 30),
             "throughput": [row for mib in args.sizes for row in throughput(address, mib, args.rounds)],
         }
-        command = [Path(sys.executable).with_name("shmquant"), "stop", "--force", "--address", address]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        for each in (address, sleepy):
+            stop = [command, "stop", "--force", "--address", each]
+            subprocess.run(stop, check=True, stdout=subprocess.DEVNULL)
     (HERE / "out").mkdir(exist_ok=True)
     (HERE / "out" / "results.json").write_text(json.dumps(results, indent=1))
     text = tables(results)
