@@ -178,7 +178,7 @@ class Soak:
         self.folder = folder
         self.box = folder / "box"
         self.box.mkdir()
-        # A log file, since nobody reads its standard error while this runs, and a full pipe would stop it.
+        # A log file, since nobody reads its standard error while this runs.
         log = folder / "soak.log"
         self.daemon = Daemon(folder / "soak.sock", "--budget", "1GiB", "--log", str(log))
         # As tickets have it: one session for both.
