@@ -3,10 +3,11 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::{chdir, setsid};
@@ -116,8 +117,30 @@ fn start_logging(filter: &str, log: Option<File>) {
     // A host process may have set up logging already: then that is used.
     let _ = match log {
         Some(log) => builder.with_ansi(false).with_writer(std::sync::Mutex::new(log)).try_init(),
-        None => builder.with_ansi(false).with_writer(io::stderr).try_init(),
+        None => builder.with_ansi(false).with_writer(std::sync::Mutex::new(Stderr)).try_init(),
     };
+}
+
+/// Standard error, as long as somebody reads it. Whoever logs serves clients too, and must not wait for a reader
+/// of logs: a line for which a pipe has no room is lost.
+#[derive(Debug)]
+struct Stderr;
+
+impl Write for Stderr {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let stderr = io::stderr();
+        let mut polled = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+        if poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ready| ready > 0) {
+            // What is ready takes this much without waiting; only daemon lines go here, one at a time.
+            let (head, _) = line.split_at(line.len().min(libc::PIPE_BUF));
+            stderr.lock().write_all(head)?;
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 fn say_ready() -> Result<(), DaemonError> {
