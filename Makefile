@@ -9,7 +9,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint lint-rust lint-python lint-stubs lint-licences test-rust test-python bench soak clean help
+.PHONY: demo test lint lint-rust lint-python lint-stubs lint-licences test-rust test-loom test-python bench soak clean help
 
 PYTHON ?= python3
 VENV := .venv
@@ -76,6 +76,10 @@ lint-licences:
 
 test-rust:
 	cargo test --workspace --locked $(CARGO_TEST_ARGS)
+
+# Every order of the steps of the client's lock-free queue. Not part of `test`: loom takes its time to build.
+test-loom:
+	cargo run --release --manifest-path protocol/loom/Cargo.toml --target-dir target/loom
 
 test-python: $(VENV)/.wheel $(WEIGHTS_READY)
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -20,6 +20,7 @@ mod session;
 mod source;
 mod start;
 mod stream;
+mod sync;
 mod window;
 
 use std::os::fd::AsFd;

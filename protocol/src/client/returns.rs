@@ -3,8 +3,8 @@
 
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicPtr, Ordering};
 
+use super::sync::{AtomicPtr, Ordering};
 use crate::message::Release;
 use crate::segment::Mapping;
 
