@@ -75,7 +75,7 @@ fn run(target: &str, rounds: usize, body: fn(&[u8])) {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| body(&bytes))) {
             let file = std::env::temp_dir().join(format!("shmquant-fuzz-{target}-{round}"));
             std::fs::write(&file, &bytes).unwrap();
-            println!("round {round}: the bytes are in {}", file.display());
+            eprintln!("round {round}: the bytes are in {}", file.display());
             resume_unwind(panic);
         }
     }
