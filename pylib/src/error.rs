@@ -7,7 +7,6 @@ use shmquant_protocol::client::ClientError;
 use shmquant_protocol::decode::DecodeError;
 use shmquant_protocol::files::FileError;
 use shmquant_protocol::message::{ErrorCode, Failure};
-use shmquant_protocol::segment::SegmentError;
 use shmquant_protocol::table::{Details, InputError};
 
 /// The exceptions of `shmquant._errors`.
@@ -73,8 +72,6 @@ pub(crate) fn client(py: Python<'_>, error: ClientError) -> PyErr {
     let text = error.to_string();
     let kind = match &error {
         ClientError::Refused(failure) => return refused(py, failure, &text),
-        // Short of memory maps or of file descriptors.
-        ClientError::Segment(SegmentError::NoRoom { .. }) => Kind::NoRoom,
         other => match other.code() {
             Some(code) => Kind::of(code),
             None => Kind::Daemon,

@@ -107,13 +107,27 @@ impl ClientError {
             Self::Cancelled => Some(ErrorCode::Cancelled),
             Self::OtherSession { .. } => Some(ErrorCode::Gone),
             Self::TooLarge { .. } => Some(ErrorCode::NoRoom),
+            Self::Segment(
+                SegmentError::NoRoom { .. }
+                | SegmentError::FdLimit { .. }
+                | SegmentError::SystemFdLimit { .. }
+                | SegmentError::MapLimit { .. }
+                | SegmentError::AddressSpace { .. }
+                | SegmentError::FileSizeLimit { .. },
+            ) => Some(ErrorCode::Limit),
             Self::Column { .. } => Some(ErrorCode::Unsupported),
             _ => None,
         }
     }
 
     pub(super) fn lost(what: &'static str, source: SocketError) -> Self {
-        Self::Lost { what, source }
+        match source {
+            // Only this call fails, by a limit of this process: the session is fine.
+            SocketError::FdsLost { limit, .. } | SocketError::FdLimit { limit, .. } => {
+                Self::Segment(SegmentError::FdLimit { what: what.to_owned(), limit })
+            }
+            source => Self::Lost { what, source },
+        }
     }
 
     pub(super) fn protocol(what: impl Into<String>) -> Self {

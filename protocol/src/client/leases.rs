@@ -13,7 +13,7 @@ use super::held::Held;
 use super::returns::{Return, ReturnQueue};
 use crate::failpoint::failpoint;
 use crate::message::{Lease, Release};
-use crate::segment::{Backing, Mapping, SegmentError};
+use crate::segment::{Backing, Mapping, fd_refused};
 
 /// The leases of one session.
 #[derive(Debug)]
@@ -58,8 +58,8 @@ pub(super) enum Attached {
 impl Leases {
     pub(super) fn new(backing: Backing, instance: u64) -> Result<Self, ClientError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let wake = EventFd::from_flags(flags)
-            .map_err(|errno| SegmentError::Os { what: "making an eventfd".to_owned(), errno })?;
+        let wake =
+            EventFd::from_flags(flags).map_err(|errno| fd_refused("making an eventfd".to_owned(), errno))?;
         Ok(Self {
             process: Process::current(),
             backing,

@@ -110,7 +110,7 @@ pub(super) fn refused(
 }
 
 /// The typed error for a refused new descriptor, or [`SegmentError::Os`].
-pub(super) fn fd_refused(what: String, errno: Errno) -> SegmentError {
+pub(crate) fn fd_refused(what: String, errno: Errno) -> SegmentError {
     match errno {
         Errno::EMFILE => {
             SegmentError::FdLimit { what, limit: soft_limit(Resource::RLIMIT_NOFILE).unwrap_or(0) }

@@ -27,6 +27,7 @@ use nix::unistd::ftruncate;
 
 pub use error::SegmentError;
 pub use instance::{InstanceGuard, Swept, sweep_stale};
+pub(crate) use limits::fd_refused;
 pub use limits::ignore_sigxfsz;
 pub use mapping::Mapping;
 pub use name::{Backing, Kind, SegmentName};
