@@ -51,13 +51,15 @@ pub(crate) struct Asked {
     pub(crate) session: u64,
     pub(crate) bytes: u64,
     pub(crate) deadline: Option<Instant>,
+    /// For a window, without which none of the lane's requests can even be asked.
+    pub(crate) window: bool,
     since: Instant,
     number: Option<u64>,
 }
 
 impl Asked {
     pub(crate) fn new(session: u64, bytes: u64, deadline: Option<Instant>) -> Self {
-        Self { session, bytes, deadline, since: Instant::now(), number: None }
+        Self { session, bytes, deadline, window: false, since: Instant::now(), number: None }
     }
 }
 
@@ -182,11 +184,14 @@ impl Books {
         self.wake_waiting();
     }
 
-    /// Sessions in turn: who was served longest ago goes first; within a session, who came first.
+    /// Sessions in turn: who was served longest ago goes first; within a session, who came first. A window does
+    /// not wait for a result of its own session: another thread's small requests would wait with it.
     pub(crate) fn is_first(&self, asked: &Asked) -> bool {
         let served = |session| self.sessions.get(&session).map_or(0, |a| a.last_grant);
         let mine = (served(asked.session), asked.number.unwrap_or(u64::MAX));
-        self.admission.waiting.iter().all(|w| (served(w.session), w.number) >= mine)
+        let waiting = self.admission.waiting.iter();
+        let mut others = waiting.filter(|w| !(asked.window && w.session == asked.session));
+        others.all(|w| (served(w.session), w.number) >= mine)
     }
 
     /// Retires idle memory: the asker's own first, then that of who has most of it.

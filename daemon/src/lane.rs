@@ -313,8 +313,9 @@ pub(crate) fn grow<'a>(
     deadline: Option<Instant>,
 ) -> Result<Room<'a>, Trouble> {
     let hub = current.hub;
-    let mut turn =
-        Turn { hub, lane: current.lane, asked: Asked::new(current.lane.session.id, bytes, deadline) };
+    let mut asked = Asked::new(current.lane.session.id, bytes, deadline);
+    asked.window = !from_pool;
+    let mut turn = Turn { hub, lane: current.lane, asked };
     loop {
         current.go_on()?;
         let at = hub.books().snapshot();

@@ -140,6 +140,25 @@ fn small_requests_pass_a_long_queue() {
 }
 
 #[test]
+fn a_window_does_not_wait_for_results_of_its_own_session() {
+    let daemon = daemon(budget(32));
+    let (mut a, b) = (Client::new(&daemon), Client::new(&daemon));
+    let (mut one, mut two) = (a.lane(&daemon, 0), b.lane(&daemon, 0));
+    let (held, _) = one.quantize(&layer(14 * MIB)).unwrap();
+    let table = layer(14 * MIB);
+    let running = two.start(&table);
+    a.await_stat(|s| s["waiting"] == 1);
+    // Another thread of the process that waits: there is room for its window, and for what it asks.
+    let mut three = b.lane(&daemon, 0);
+    three.quantize(&layer(64 << 10)).unwrap();
+    assert_eq!(a.stat()["waiting"], 1);
+    drop(three);
+    a.release(&held);
+    a.await_stat(|s| s["waiting"] == 0);
+    assert!(two.finish(running, &table).is_ok());
+}
+
+#[test]
 fn sessions_take_turns() {
     let daemon = daemon(budget(38));
     let mut holder = Client::new(&daemon);
