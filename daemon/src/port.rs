@@ -17,7 +17,14 @@ pub(crate) struct Port<'a> {
     frame: Box<[u8]>,
     out: Vec<u8>,
     fds: Vec<OwnedFd>,
+    /// How many receives are still to sleep at once.
+    rest: u32,
+    /// How many there were to be the last time.
+    last_rest: u32,
 }
+
+/// Most receives that sleep at once before polling is tried again.
+const LONGEST_REST: u32 = 64;
 
 /// A frame: its request number, and its message or what is wrong with it.
 pub(crate) type Incoming = (u32, Result<Message, Trouble>);
@@ -25,17 +32,29 @@ pub(crate) type Incoming = (u32, Result<Message, Trouble>);
 impl<'a> Port<'a> {
     pub(crate) fn new(connection: &'a Connection) -> Self {
         let frame = vec![0; MAX_FRAME].into_boxed_slice();
-        Self { connection, frame, out: Vec::with_capacity(1024), fds: Vec::new() }
+        Self { connection, frame, out: Vec::with_capacity(1024), fds: Vec::new(), rest: 0, last_rest: 0 }
     }
 
-    /// The next frame, however long it takes; polls for it first if there is a permit.
+    /// The next frame, however long it takes; polls for it first if there is a permit and it has paid lately.
+    ///
+    /// On the client's own core it never pays: the client cannot go on before this thread sleeps.
     pub(crate) fn recv(&mut self, poll: Option<&Hub>) -> Result<Incoming, Trouble> {
-        let permit = poll.and_then(Hub::spin);
+        let permit = match self.rest {
+            0 => poll.and_then(Hub::spin),
+            _ => None,
+        };
+        self.rest = self.rest.saturating_sub(1);
         let received = match permit {
             None => Err(SocketError::Deadline { what: "polling" }),
             Some(_) => {
                 let until = Some(Instant::now() + SPIN);
-                self.connection.recv_spin(&mut self.frame, &mut self.fds, SPIN, until)
+                let received = self.connection.recv_spin(&mut self.frame, &mut self.fds, SPIN, until);
+                self.last_rest = match received {
+                    Err(SocketError::Deadline { .. }) => (self.last_rest * 2).clamp(1, LONGEST_REST),
+                    _ => 0,
+                };
+                self.rest = self.last_rest;
+                received
             }
         };
         drop(permit);
