@@ -247,8 +247,9 @@ impl Shared {
         fpu::no_flushing();
         let mut queue = self.lock();
         while !self.stopped.load(Ordering::Acquire) {
-            let Some((id, chunk, work)) = queue.start_next() else {
-                self.waiting.store(0, Ordering::Relaxed);
+            let started = queue.start_next();
+            self.waiting.store(queue.turns.len(), Ordering::Relaxed);
+            let Some((id, chunk, work)) = started else {
                 queue.idle += 1;
                 queue = self.work.wait(queue).unwrap_or_else(PoisonError::into_inner);
                 queue.idle -= 1;
