@@ -182,6 +182,7 @@ impl Stage {
         let tickets: Vec<_> = points.iter().map(|_| (!self.short).then(|| self.give())).collect();
         let first = self.lives;
         self.lives += points.len() as u64;
+        let connections = self.holdings().connections();
         let lived: Vec<Lived> = std::thread::scope(|scope| {
             let mut threads = Vec::new();
             for ((number, point), given) in (first..).zip(points).zip(&tickets) {
@@ -192,6 +193,11 @@ impl Stage {
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         self.witness.check();
+        // What a client sent before it died may still be on its way, and make a dataset.
+        wait_until("the connections of the dead end", || {
+            let now = self.holdings();
+            if now.connections() <= connections { Ok(()) } else { Err(format!("{now:?}")) }
+        });
         for (life, given) in lived.iter().zip(tickets) {
             self.inherit(life, given);
         }

@@ -150,6 +150,11 @@ impl Holdings {
         Self { counters: counters.into(), fds, mapped, threads }
     }
 
+    /// Connections that the daemon serves.
+    pub(crate) fn connections(&self) -> Option<u64> {
+        self.counters["connections"].as_u64()
+    }
+
     /// Waits until the daemon has this again, no less and no more.
     pub(crate) fn wait_for(&self, session: &Session, pid: u32, after: &str) {
         wait_until(&format!("{after}: something is left behind"), || {
