@@ -23,7 +23,7 @@ use crate::hub::Hub;
 use crate::life::WindowLife;
 use crate::memory::SegmentMemory;
 use crate::port::Port;
-use crate::quantize;
+use crate::quantize::{self, Flow};
 use crate::requests::{self, Answer};
 use crate::session::Session;
 use crate::wake::Wake;
@@ -194,8 +194,8 @@ pub(crate) struct Current<'a, 'p> {
     pub(crate) lane: &'a Arc<Lane>,
     pub(crate) port: &'a mut Port<'p>,
     pub(crate) request: u32,
-    /// Chunks of the request.
-    pub(crate) chunks: usize,
+    /// How its values pass through the window; `None` until it is planned.
+    pub(crate) flow: Option<Arc<Flow>>,
     /// Chunks that the client has written.
     pub(crate) ready: usize,
     pub(crate) cancelled: bool,
@@ -203,7 +203,7 @@ pub(crate) struct Current<'a, 'p> {
 
 impl<'a, 'p> Current<'a, 'p> {
     fn new(hub: &'a Hub, lane: &'a Arc<Lane>, port: &'a mut Port<'p>, request: u32) -> Self {
-        Self { hub, lane, port, request, chunks: 0, ready: 0, cancelled: lane.is_cancelled(request) }
+        Self { hub, lane, port, request, flow: None, ready: 0, cancelled: lane.is_cancelled(request) }
     }
 
     /// Waits until the client says something, the lane is woken or the time comes; notes what happened.
@@ -252,12 +252,16 @@ impl<'a, 'p> Current<'a, 'p> {
         }
     }
 
-    /// Takes the client's watermark.
+    /// Takes the client's watermark, which may not pass what the window has room for: what lies there would be
+    /// something else by now.
     pub(crate) fn wrote(&mut self, chunks: u32) -> Result<(), Trouble> {
         let chunks = chunks as usize;
-        if chunks < self.ready || chunks > self.chunks {
-            let (ready, all) = (self.ready, self.chunks);
-            return Err(Trouble::protocol(format!("WROTE {chunks} after {ready}, of {all} chunks")));
+        let most = self.flow.as_ref().map_or(0, |flow| flow.writable());
+        if chunks < self.ready || chunks > most {
+            let ready = self.ready;
+            return Err(Trouble::protocol(format!(
+                "WROTE {chunks} after {ready}, of {most} that may be written"
+            )));
         }
         self.ready = chunks;
         Ok(())

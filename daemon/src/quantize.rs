@@ -81,7 +81,8 @@ pub(crate) fn quantize(
         }
     };
     failpoint("daemon.planned");
-    current.chunks = plan.chunks().chunks.len();
+    let flow = Arc::new(Flow::new(current.lane.clone(), plan.clone(), current.request));
+    current.flow = Some(flow.clone());
     current.wrote(asked.ready)?;
 
     let flight = match &asked.named {
@@ -101,7 +102,7 @@ pub(crate) fn quantize(
     let filling = allocate(current, plan.result_bytes(), flight.is_some(), deadline)?;
     let job = Job::new(plan.clone(), window.memory.clone(), filling.taken.memory.clone(), 0)?;
     let job = Arc::new(job);
-    run(current, &plan, &job)?;
+    run(current, &flow, &job)?;
     failpoint("daemon.completing");
     let complete = job.complete()?;
     failpoint("daemon.file_written");
@@ -267,12 +268,13 @@ fn allocate<'a>(
 
 // Work.
 
-fn run(current: &mut Current<'_, '_>, plan: &Arc<Plan>, job: &Arc<Job>) -> Result<(), Trouble> {
+fn run(current: &mut Current<'_, '_>, flow: &Arc<Flow>, job: &Arc<Job>) -> Result<(), Trouble> {
     let hub = current.hub;
-    let chunks = &plan.chunks().chunks;
-    let total = chunks.iter().map(|c| c.bytes).fold(0, u64::saturating_add);
-    let small = chunks.len() <= 1 || total <= INLINE;
-    while small && current.ready < current.chunks {
+    let list = flow.plan.chunks();
+    let total = list.chunks.iter().map(|c| c.bytes).fold(0, u64::saturating_add);
+    // Few bytes in very many chunks may still take more room than the window has: then somebody has to consume.
+    let small = list.resident && (list.chunks.len() <= 1 || total <= INLINE);
+    while small && current.ready < list.chunks.len() {
         current.wait(None)?;
         current.go_on()?;
     }
@@ -283,10 +285,8 @@ fn run(current: &mut Current<'_, '_>, plan: &Arc<Plan>, job: &Arc<Job>) -> Resul
             Err(_) => Err(broken()),
         };
     }
-    let (lane, request) = (current.lane.clone(), current.request);
-    let flow = Arc::new(Flow { lane, plan: plan.clone(), request, told: Mutex::new(0) });
     let run = hub.engine.submit(current.lane.session.id, job.clone(), current.ready, flow.clone());
-    let watched = Watched { current, run, flow };
+    let watched = Watched { current, run, flow: flow.clone() };
     watched.follow()
 }
 
@@ -337,8 +337,8 @@ impl Drop for Watched<'_, '_, '_> {
     }
 }
 
-/// Tells the client how far its window has been read.
-struct Flow {
+/// A request's way through the window: what the client may write, and how far it has been told that all is read.
+pub(crate) struct Flow {
     lane: Arc<Lane>,
     plan: Arc<Plan>,
     request: u32,
@@ -346,6 +346,16 @@ struct Flow {
 }
 
 impl Flow {
+    fn new(lane: Arc<Lane>, plan: Arc<Plan>, request: u32) -> Self {
+        Self { lane, plan, request, told: Mutex::new(0) }
+    }
+
+    /// Chunks that the client may have written by what it was told last.
+    pub(crate) fn writable(&self) -> usize {
+        let told = *self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        self.plan.chunks().writable(told)
+    }
+
     /// Nothing is sent from here on: a worker may be late, and the request is about to be answered.
     fn close(&self) {
         *self.told.lock().unwrap_or_else(PoisonError::into_inner) = usize::MAX;

@@ -5,10 +5,13 @@ mod raw;
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use arrow_schema::{DataType, Field};
 use proptest::prelude::*;
 use raw::{Client, Lane, Raw, daemon, layer, released};
 use shmquant_daemon::Daemon;
-use shmquant_protocol::chunks::MIN_WINDOW;
+use shmquant_protocol::chunks::{ChunkList, MIN_WINDOW};
+use shmquant_protocol::descriptor::{Body, Descriptor, Item, TableKind};
+use shmquant_protocol::field::NodeData;
 use shmquant_protocol::message::{ErrorCode, Extent, MINOR, Message, NO_TIMEOUT, Quantize, Release, Target};
 use shmquant_protocol::socket::{Connection, SocketError};
 
@@ -98,12 +101,14 @@ fn frames_that_have_no_place() {
 #[test]
 fn watermarks_that_lie() {
     let daemon = daemon(|_| {});
-    for goes_back in [false, true] {
+    // Back; past the last chunk; and past what the ring has room for, however much of it has been read by now.
+    for lie in [-1, i64::from(u32::MAX), 25] {
         let client = Client::new(&daemon);
         let mut lane = client.lane(&daemon, MIN_WINDOW);
         let running = lane.start(&layer(8 << 20));
+        assert!(!running.list.resident && running.list.chunks.len() == 32 && running.written < 4);
         let last = running.written as u32;
-        let lies = if goes_back { [last, last - 1] } else { [last, u32::MAX] };
+        let lies = [last, if lie < 0 { last - 1 } else { lie as u32 }];
         for chunks in lies {
             lane.raw.send_as(running.request, &Message::Wrote { chunks });
         }
@@ -119,6 +124,61 @@ fn watermarks_that_lie() {
         }
         lane.raw.assert_closed();
     }
+    // With the request: nothing has been read yet.
+    let client = Client::new(&daemon);
+    let mut lane = client.lane(&daemon, MIN_WINDOW);
+    let mut bytes = Vec::new();
+    layer(8 << 20).descriptor.encode(&mut bytes).unwrap();
+    lane.put(0, &bytes);
+    let may = ChunkList::new(&layer(8 << 20).descriptor, bytes.len() as u64, MIN_WINDOW).writable(0);
+    lane.raw.send(&quantize(bytes.len() as u64, may as u32 + 1));
+    lane.raw.assert_protocol_error();
+    drop(client);
+    assert_well(&daemon);
+}
+
+/// Few bytes in so many buffers that they take more room than the window has: small, and streamed all the same.
+#[test]
+fn very_many_small_buffers_pass_the_ring() {
+    const BUFFERS: usize = 65_000;
+    let daemon = daemon(|_| {});
+    let data = NodeData {
+        length: 0,
+        null_count: 0,
+        // Validity, views, and what views may point to.
+        buffers: [vec![0; 2], vec![1; BUFFERS]].concat(),
+        children: Vec::new(),
+    };
+    let field = Field::new("texts", DataType::Utf8View, true);
+    let descriptor = Descriptor {
+        table: TableKind::Columns,
+        rows: 0,
+        items: vec![Item { name: "texts".to_owned(), body: Body::Keep { field, data } }],
+        ..layer(256).descriptor
+    };
+    let client = Client::new(&daemon);
+    let mut lane = client.lane(&daemon, MIN_WINDOW);
+    let mut bytes = Vec::new();
+    descriptor.encode(&mut bytes).unwrap();
+    lane.put(0, &bytes);
+    let list = ChunkList::new(&descriptor, bytes.len() as u64, MIN_WINDOW);
+    assert!(!list.resident && list.chunks.len() == BUFFERS);
+    let mut written = list.writable(0);
+    let request = lane.raw.send(&quantize(bytes.len() as u64, written as u32));
+    let lease = loop {
+        match lane.raw.recv().unwrap().1 {
+            Message::Consumed { chunks } => {
+                written = list.writable(chunks as usize);
+                lane.raw.send_as(request, &Message::Wrote { chunks: written as u32 });
+            }
+            Message::Done { lease, .. } => break lease,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(written, BUFFERS);
+    lane.releases.push(released(&lease, false));
+    assert!(lane.quantize(&layer(4096)).is_ok());
+    drop((lane, client));
     assert_well(&daemon);
 }
 
