@@ -247,9 +247,13 @@ impl Books {
     fn shortage(&self, asked: &Asked, limit: u64, reserve: u64, code: ErrorCode) -> Failure {
         let mut of = HashMap::<u64, (u64, u64)>::new();
         let mut oldest = None::<Instant>;
-        let mut named = 0;
+        let (mut named, mut sent, mut sent_bytes) = (0, 0, 0);
         for entry in self.registry.iter().filter(|e| e.life == Life::Result(ResultLife::Complete)) {
             named += if entry.datasets > 0 { entry.size } else { 0 };
+            if entry.is_on_its_way() {
+                sent += 1;
+                sent_bytes += entry.size;
+            }
             for (session, _) in &entry.leases {
                 let (count, bytes) = of.entry(*session).or_default();
                 *count += 1;
@@ -284,6 +288,10 @@ impl Books {
         if named > 0 {
             let _ = write!(text, "; datasets take {}", size(named));
         }
+        if sent > 0 {
+            let _ =
+                write!(text, "; tickets that nobody has opened hold {sent} results, {}", size(sent_bytes));
+        }
         // A client that is stopped, or does not read, keeps what it was asked to unmap.
         let mut leaving = HashMap::<u64, u64>::new();
         for entry in self.registry.iter().filter(|e| e.life.is_retired()) {
@@ -301,6 +309,9 @@ impl Books {
             format!("you hold {count} results, {}: release them", size(bytes))
         } else if named > 0 {
             "drop datasets that are not needed (`shmquant ls` lists them, `q.drop(name)` drops one)"
+                .to_owned()
+        } else if sent > 0 {
+            "load the pickled results that are on their way; what nobody loads is free when its ticket expires"
                 .to_owned()
         } else {
             "quantize in smaller pieces, or give the daemon a larger budget or more memory".to_owned()

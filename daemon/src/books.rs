@@ -124,6 +124,7 @@ impl Books {
         while let Some((id, _)) = account.pool.take_oldest(Duration::ZERO) {
             segments.insert(id);
         }
+        self.tickets.sender_ended(session);
         self.wake_waiting();
         segments.into_iter().collect()
     }

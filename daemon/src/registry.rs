@@ -65,6 +65,11 @@ impl Entry {
         !self.leases.is_empty() || self.pinned || self.tickets > 0 || self.datasets > 0
     }
 
+    /// Whether nothing but tickets holds it: nobody reads it, and it has no name.
+    pub(crate) fn is_on_its_way(&self) -> bool {
+        self.tickets > 0 && self.leases.is_empty() && self.datasets == 0
+    }
+
     /// Holds of one session.
     pub(crate) fn leases_of(&self, session: u64) -> u32 {
         self.leases.iter().find(|(s, _)| *s == session).map_or(0, |(_, n)| *n)

@@ -198,6 +198,16 @@ impl Books {
         }
     }
 
+    /// Removes tickets of ended senders beyond what these may leave, at most `batch`; false if there are no more.
+    pub(crate) fn drop_orphans(&mut self, batch: usize) -> bool {
+        let tickets = self.tickets.take_orphans(self.max_holds(), batch);
+        self.counters.expired_tickets += tickets.len() as u64;
+        for ticket in &tickets {
+            self.ticket_ended(ticket.segment, ticket.generation, ticket.sender);
+        }
+        !tickets.is_empty()
+    }
+
     fn ticket_ended(&mut self, segment: u64, generation: u64, sender: u64) {
         if let Ok(account) = self.account(sender) {
             account.holds = account.holds.saturating_sub(1);

@@ -16,7 +16,7 @@ use crate::hub::Hub;
 use crate::port::Port;
 use crate::requests;
 
-/// Segments an ended session gives back before others get the lock.
+/// Segments and tickets an ended session gives back before others get the lock.
 const BATCH: usize = 256;
 
 /// Who a session is. What it has is in the books.
@@ -183,6 +183,7 @@ impl Drop for End<'_> {
                 books.forget(self.session, *id);
             }
         }
+        while self.hub.books().drop_orphans(BATCH) {}
         failpoint("daemon.session_forgotten");
         tracing::info!(session = self.session, segments = segments.len(), "session ended");
     }

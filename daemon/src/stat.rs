@@ -21,12 +21,14 @@ const HOLDERS: usize = 16;
 pub(crate) fn stat(hub: &Hub) -> String {
     let books = hub.books();
     let (mut leases, mut leased, mut pooled, mut windows, mut filling, mut named) = (0, 0, 0, 0, 0, 0);
+    let mut ticketed = 0;
     for entry in books.registry.iter() {
         leases += entry.leases.iter().map(|(_, n)| u64::from(*n)).sum::<u64>();
         match entry.life {
             Life::Result(ResultLife::Free) => pooled += entry.size,
             Life::Result(ResultLife::Filling) => filling += entry.size,
             Life::Result(ResultLife::Complete) if entry.datasets > 0 => named += entry.size,
+            Life::Result(ResultLife::Complete) if entry.is_on_its_way() => ticketed += entry.size,
             Life::Result(ResultLife::Complete) => leased += entry.size,
             Life::Window(_) if !entry.life.is_retired() => windows += entry.size,
             _ => {}
@@ -45,7 +47,7 @@ pub(crate) fn stat(hub: &Hub) -> String {
         "budget": books.admission.limit(),
         "bytes": books.charged(),
         "bytes_by_use": {
-            "results": leased, "datasets": named, "filling": filling, "pools": pooled, "windows": windows,
+            "results": leased, "datasets": named, "tickets": ticketed, "filling": filling, "pools": pooled, "windows": windows,
             "leaving": books.registry.leaving(), "growing": books.admission.growing(),
         },
         "segments": books.registry.len(),
@@ -53,6 +55,7 @@ pub(crate) fn stat(hub: &Hub) -> String {
         "lanes": lanes,
         "leases": leases,
         "tickets": books.tickets.len(),
+        "orphans": books.tickets.orphans(),
         "datasets": books.catalog.len(),
         "waiting": books.admission.waiting(),
         "refused": books.admission.refused,

@@ -6,7 +6,7 @@ mod raw;
 use std::time::{Duration, Instant};
 
 use raw::{Client, daemon, layer, released};
-use shmquant_protocol::message::{ErrorCode, Listing, Message, Naming};
+use shmquant_protocol::message::{ErrorCode, Listing, Message, NO_TIMEOUT, Naming, Target};
 
 const MIB: u64 = 1 << 20;
 
@@ -216,6 +216,77 @@ fn datasets_are_named_as_what_takes_the_room() {
     assert_eq!(failure.code, ErrorCode::NoRoom);
     assert!(failure.message.contains("datasets take 8.1 MiB"), "{failure:?}");
     assert!(failure.hint.contains("q.drop(name)"), "{failure:?}");
+}
+
+#[test]
+fn tickets_that_nobody_opened_are_named_as_what_takes_the_room() {
+    let daemon = daemon(budget(24));
+    let mut sender = Client::new(&daemon);
+    let mut lane = sender.lane(&daemon, 0);
+    let (lease, _) = lane.quantize(&big()).unwrap();
+    let Message::Ticketed { ticket, secret } = sender.ask(&Message::Ticket(lease.extent)).unwrap().0 else {
+        panic!()
+    };
+    drop((sender, lane));
+    let mut client = Client::new(&daemon);
+    let mut lane = client.lane(&daemon, 0);
+    client.await_stat(|s| s["orphans"] == 1 && s["sessions"] == 1);
+    lane.timeout = 50;
+    let failure = lane.quantize(&layer(14 * MIB)).unwrap_err();
+    assert_eq!(failure.code, ErrorCode::Deadline, "somebody may open it in time");
+    let text = "tickets that nobody has opened hold 1 results, ";
+    assert!(failure.message.contains(text) && failure.hint.contains("pickled"), "{failure:?}");
+    // Opened and released, it makes room for who waits.
+    lane.timeout = NO_TIMEOUT;
+    let table = layer(14 * MIB);
+    let running = lane.start(&table);
+    client.await_stat(|s| s["waiting"] == 1);
+    let mut receiver = Client::new(&daemon);
+    match receiver.ask(&Message::Open(Target::Ticket(ticket, secret))).unwrap().0 {
+        Message::Opened { lease, .. } => receiver.release(&lease),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(receiver.await_notice(), lease.extent.segment);
+    receiver.notices.push_back(lease.extent.segment);
+    receiver.answer_notices();
+    assert!(lane.finish(running, &table).is_ok());
+}
+
+/// It is not disconnected: what it maps is in use, stopped or not. Others get what is left, and are told who has the rest.
+#[test]
+fn who_never_unmaps_keeps_its_memory_and_is_named() {
+    let daemon = daemon(budget(40));
+    let silent = Client::new(&daemon);
+    let mut lane = silent.lane(&daemon, 0);
+    let mut sizes = 0;
+    for _ in 0..2 {
+        let (lease, _) = lane.quantize(&big()).unwrap();
+        lane.releases.push(released(&lease, true));
+        sizes += lease.segment_size;
+    }
+    // With the last request both have been given back, tainted: they are retired, and it never says UNMAP.
+    lane.quantize(&layer(256)).unwrap();
+    let neighbour = Client::new(&daemon);
+    let mut other = neighbour.lane(&daemon, 0);
+    let mut observer = Client::new(&daemon);
+    assert_eq!(observer.stat()["bytes_by_use"]["leaving"], sizes);
+    for _ in 0..3 {
+        let (lease, _) = other.quantize(&big()).unwrap();
+        other.releases.push(released(&lease, false));
+    }
+    other.timeout = 50;
+    let failure = other.quantize(&layer(20 * MIB)).unwrap_err();
+    assert_eq!(failure.code, ErrorCode::Deadline);
+    let text =
+        format!("process {} still has to unmap {:.1} MiB", std::process::id(), sizes as f64 / MIB as f64);
+    assert!(failure.message.contains(&text), "{failure:?}");
+    // Whoever waits for it gets it with its end.
+    other.timeout = NO_TIMEOUT;
+    let table = layer(20 * MIB);
+    let running = other.start(&table);
+    observer.await_stat(|s| s["waiting"] == 1);
+    drop((silent, lane));
+    assert!(other.finish(running, &table).is_ok());
 }
 
 #[test]

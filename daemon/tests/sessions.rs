@@ -138,6 +138,41 @@ fn a_ticket_outlives_its_sender_and_comes_home() {
 }
 
 #[test]
+fn tickets_of_ended_processes_are_counted_and_limited_together() {
+    let daemon = daemon(|c| c.max_holds = 8);
+    let mut observer = Client::new(&daemon);
+    let mut sent = Vec::new();
+    // Two make tickets of a result of their own and end: together they may leave as many as one session.
+    for (round, tickets) in [(1, 3), (2, 6)] {
+        let mut sender = Client::new(&daemon);
+        let mut lane = sender.lane(&daemon, 0);
+        let (lease, _) = lane.quantize(&layer(4096)).unwrap();
+        for _ in 0..tickets {
+            match sender.ask(&Message::Ticket(lease.extent)).unwrap().0 {
+                Message::Ticketed { ticket, secret } => sent.push(Target::Ticket(ticket, secret)),
+                other => panic!("{other:?}"),
+            }
+        }
+        let stat = observer.await_stat(|s| s["tickets"] == sent.len());
+        assert_eq!(stat["orphans"], sent.len() - tickets);
+        drop((sender, lane));
+        let stat = observer.await_stat(|s| s["sessions"] == 1 && s["orphans"] == sent.len().min(8));
+        assert_eq!(stat["bytes_by_use"]["tickets"], round * lease.segment_size);
+    }
+    // The one more than that was the oldest of who left most.
+    let stat = observer.stat();
+    assert_eq!((&stat["tickets"], &stat["expired_tickets"]), (&8.into(), &1.into()));
+    for (at, ticket) in sent.into_iter().enumerate() {
+        let opened = open(&mut observer, ticket);
+        assert_eq!(opened.is_ok(), at != 3, "ticket {at}");
+        if let Ok((lease, _)) = opened {
+            observer.release(&lease);
+        }
+    }
+    observer.await_stat(|s| s["bytes"] == 0 && s["tickets"] == 0 && s["orphans"] == 0);
+}
+
+#[test]
 fn a_ticket_to_oneself_leaves_the_memory_reusable() {
     let daemon = daemon(|_| {});
     let mut a = Client::new(&daemon);

@@ -70,7 +70,15 @@ fn text(facts: &Value) -> String {
             "in use",
             format!("{} sessions, {} lanes, {} leases", count("sessions"), count("lanes"), count("leases")),
         ),
-        ("catalog", format!("{} datasets, {} tickets", count("datasets"), count("tickets"))),
+        (
+            "catalog",
+            format!(
+                "{} datasets, {} tickets ({} of ended processes)",
+                count("datasets"),
+                count("tickets"),
+                count("orphans"),
+            ),
+        ),
         (
             "requests",
             format!(

@@ -21,6 +21,8 @@ impl World {
         assert_eq!(books.admission.waiting(), 0);
         assert_eq!(books.counters.stray_releases, self.stray);
         assert_eq!(books.tickets.len(), self.tickets.len());
+        let orphans = self.tickets.iter().filter(|t| !books.sessions.contains_key(&t.sender)).count();
+        assert_eq!(books.tickets.orphans(), orphans);
         let names = books.catalog.after(0).map(|(_, d)| (d.name.clone(), d.extent.segment));
         assert_eq!(names.collect::<BTreeMap<_, _>>(), self.names);
     }
