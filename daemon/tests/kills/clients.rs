@@ -16,6 +16,7 @@ use shmquant_protocol::failpoint;
 use shmquant_protocol::message::{ErrorCode, Listing};
 
 use crate::life::{SMALL, Ticket, check, live, passed, session};
+use crate::neighbours;
 use crate::place::{Holdings, Neighbour, PATIENCE, Place, Served, Witness, maps, private_kib, wait_until};
 
 const ROLE: &str = "SHMQUANT_TEST_ROLE";
@@ -36,6 +37,7 @@ type Point = (&'static str, u64);
 pub(crate) fn play() {
     match std::env::var(ROLE).as_deref() {
         Ok("life") => live_here(),
+        Ok(neighbours::ROLE) => neighbours::play(),
         Ok("short tickets") => {
             let ticket_ttl = Duration::from_secs(1);
             let budget = Some(512 << 20);
@@ -46,7 +48,8 @@ pub(crate) fn play() {
     }
 }
 
-fn role(role: &str) -> Command {
+/// This program as a child that plays a role.
+pub(crate) fn role(role: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "child", "--nocapture", "--test-threads=1"]).env(ROLE, role);
     command

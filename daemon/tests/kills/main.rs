@@ -7,6 +7,7 @@ mod daemons;
 #[path = "../../../protocol/tests/layers/mod.rs"]
 mod layers;
 mod life;
+mod neighbours;
 mod place;
 
 /// Not a test: the part that a child process plays.
