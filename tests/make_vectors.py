@@ -74,6 +74,10 @@ MESSAGES = [
     ("PUBLISH", 9, {"extent": EXTENT, "flags": 0, "name": "a"}),
     ("PUBLISH", 10, {"extent": EXTENT, "flags": m.REPLACE, "name": "x" * 1024}),
     ("PUBLISH reply", 9, {}),
+    ("ALLOC", 17, {"bytes": 3 << 30, "purpose": m.INPUT, "timeout": 30_000}),
+    ("ALLOC", 18, {"bytes": 1, "purpose": m.WARM, "timeout": m.NO_TIMEOUT}),
+    ("ALLOC reply", 17, {"lease": {**DATASET, "flags": m.LEASE_FD}}),
+    ("ALLOC reply", 18, {"lease": {"extent": dict.fromkeys(EXTENT, 0), "segment_size": 0, "flags": 0}}),
     ("DROP", 11, {"name": "a"}),
     ("DROP reply", 11, {}),
     ("LIST", 12, {"cursor": 0, "what": m.DATASETS}),
@@ -135,7 +139,7 @@ REFUSED = [
     ("length one less than the datagram", patched("PING", 4, b"\x0f")),
     ("length one more than the datagram", patched("PING", 4, b"\x11")),
     ("length of 4 GiB", patched("PING", 4, b"\xff\xff\xff\xff")),
-    ("a type that nobody has", patched("PING", 2, b"\x0c\x00")),
+    ("a type that nobody has", patched("PING", 2, b"\x12\x00")),
     ("a request's reply that nobody has", patched("PING", 2, b"\x04\x80")),
     ("a fixed part that leaves the frame", patched("PING", 12, b"\1\0")),
     ("bytes after the tail", m.frame(16, 1, b"", b"\0")),
@@ -150,6 +154,7 @@ REFUSED = [
     ("half a release", m.frame(7, 0, b"\1\0\0\0\0\0\0\0", bytes(12))),
     ("OPEN of kind 3", patched("OPEN", 16, b"\3", kind=1)),
     ("OPEN by ticket with a name", m.frame(9, 1, b"\1".ljust(64, b"\0"), m.string("a"))),
+    ("ALLOC of purpose 2", m.encode("ALLOC", 1, bytes=1, purpose=2)),
     ("LIST of what 3", m.encode("LIST", 1, what=3)),
     ("more entries than bytes", patched("LIST reply", 24, b"\xff\xff\xff\xff")),
 ]
@@ -164,6 +169,7 @@ UINT4_GROUPS = d.Spec(d.UINT4, d.ASYMMETRIC, d.GROUP, packing=d.LSB, group_size=
 TENSOR = d.Spec(d.UINT8, d.ASYMMETRIC, d.TENSOR)
 DIMENSION = d.Spec(d.INT8, d.SYMMETRIC, d.DIMENSION)
 LEFT = d.Spec(d.AS_IS)
+PLACED = {"extent": {"segment": 9, "generation": 2, "offset": 64, "length": 2**40}, "offset": 8}
 MIN_WINDOW = 4 << 20
 
 
@@ -292,6 +298,34 @@ DESCRIPTORS = [
             ],
             [row_spec(), UINT4_GROUPS, LEFT],
             flags=d.CONTINUE_ON_ERROR | d.LARGE_NAMES,
+        ),
+    ),
+    (
+        "values in an extent: one pass, two passes",
+        columns(
+            9000,
+            [vectors(9000, 128, **PLACED), d.Item(d.VECTOR, "b", 9000, 50, 1, d.FLOAT64, **PLACED)],
+            [row_spec(), TENSOR],
+        ),
+    ),
+    (
+        "values in an extent beside streamed ones",
+        columns(
+            9000,
+            [
+                d.Item(d.VECTOR, "a", 9000, 128, 0, null_count=1),
+                d.Item(d.VECTOR, "b", 9000, 128, 1, **PLACED),
+                d.Item(d.VECTOR, "c", 9000, 128, 1),
+                d.Item(d.PLAIN, "d", 9000, 1, 1, d.FLOAT16, **PLACED),
+            ],
+            [row_spec(), TENSOR],
+        ),
+    ),
+    (
+        "layers in an extent, one of them as it is",
+        layers(
+            [layer("a", 700, 500, spec=0, **PLACED), layer("b", 700, 500, spec=1, **PLACED)],
+            [row_spec(), LEFT],
         ),
     ),
     (

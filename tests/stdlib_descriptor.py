@@ -3,7 +3,7 @@
 import struct
 from dataclasses import dataclass, field
 
-from stdlib_messages import string
+from stdlib_messages import COMPOSITES, pack, string
 
 MAGIC = 0x3144_5153
 LAYERS, COLUMNS = 1, 2
@@ -15,6 +15,7 @@ ERROR, NULL, SATURATE = 0, 1, 2
 UNPACKED, LSB = 0, 1
 LAYER, VECTOR, PLAIN, KEEP = 1, 2, 3, 4
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = 1, 2, 3, 4
+NULL_LAYER, EXTENT = 1, 2
 ELEMENT_SIZE = {FLOAT16: 2, BFLOAT16: 2, FLOAT32: 4, FLOAT64: 8}
 
 
@@ -51,17 +52,22 @@ class Item:
     params_id: int = 0
     scales: list = field(default_factory=list)
     zero_points: list = field(default_factory=list)
+    extent: dict | None = None  # where the values lie, unless they cross through the window
+    offset: int = 0
 
     def encode(self):
         """The item's bytes in the descriptor."""
         parts = [struct.pack("<B", self.role), string(self.name)]
-        parts.append(struct.pack("<HBB", self.spec, self.dtype, int(self.null)))
+        flags = (NULL_LAYER if self.null else 0) | (EXTENT if self.extent else 0)
+        parts.append(struct.pack("<HBB", self.spec, self.dtype, flags))
         parts.append(struct.pack("<QQQ", self.rows, self.k, self.null_count))
         parts.append(struct.pack(f"<B{len(self.shape)}q", len(self.shape), *self.shape))
         n = len(self.scales)
         parts.append(struct.pack("<Q", n))
         if n:
             parts.append(struct.pack(f"<Q{n}f{n}i", self.params_id, *self.scales, *self.zero_points))
+        if self.extent:
+            parts.append(pack(COMPOSITES["extent"], self.extent) + struct.pack("<Q", self.offset))
         return b"".join(parts)
 
 
@@ -157,7 +163,7 @@ class Chunk:
     stream: int  # among the item's streams: [validity,] values, or the kept buffers that are not empty
     kind: str
     begin: int
-    bytes: int
+    bytes: int  # 0 if the values lie in an extent
     follows: bool = False  # an Encode chunk after a Scan of the same elements
     start: int = 0  # the cursor where it starts
     at: int = 0  # its offset in the window
@@ -205,9 +211,9 @@ def cut(descriptor):
     """All chunks in order, not yet placed."""
     chunks = []
 
-    def copy(item, stream, size):
+    def copy(item, stream, size, placed=False):
         for at in range(0, size, CHUNK):
-            chunks.append(Chunk(item, stream, COPY, at, min(CHUNK, size - at)))
+            chunks.append(Chunk(item, stream, COPY, at, 0 if placed else min(CHUNK, size - at)))
 
     for index, item in enumerate(descriptor.items):
         if item.role == KEEP:
@@ -222,11 +228,12 @@ def cut(descriptor):
             continue
         size, spec = ELEMENT_SIZE[item.dtype], descriptor.specs[item.spec]
         if spec.scheme == AS_IS:
-            copy(index, stream, item.rows * item.k * size)
+            copy(index, stream, item.rows * item.k * size, item.extent is not None)
             continue
         for kind, first, count in value_runs(item, spec):
             follows = kind == ENCODE and not item.scales
-            chunks.append(Chunk(index, stream, kind, first * size, count * size, follows))
+            taken = 0 if item.extent else count * size
+            chunks.append(Chunk(index, stream, kind, first * size, taken, follows))
     return chunks
 
 
@@ -242,7 +249,7 @@ def place(chunks, descriptor_bytes, window):
         if resident and chunk.follows:
             chunk.start = scanned[key]
         else:
-            if not resident and cursor // ring != (cursor + size - 1) // ring:
+            if not resident and size and cursor // ring != (cursor + size - 1) // ring:
                 cursor = (cursor // ring + 1) * ring
             chunk.start = cursor
             cursor += size

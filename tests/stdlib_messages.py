@@ -55,6 +55,8 @@ MESSAGES = {
     0x800A: ("TICKET reply", "ticket:Q secret:16s", ""),
     0x000B: ("PUBLISH", "extent:extent flags:I reserved:I", "name:s"),
     0x800B: ("PUBLISH reply", "", ""),
+    0x000C: ("ALLOC", "bytes:Q purpose:I timeout:I", ""),
+    0x800C: ("ALLOC reply", "lease:lease", ""),
     0x000D: ("DROP", "", "name:s"),
     0x800D: ("DROP reply", "", ""),
     0x000E: ("LIST", "cursor:Q what:I reserved:I", ""),
@@ -88,6 +90,7 @@ CODES = {
 }
 NAMED, REPLACE = 1, 2
 NO_TIMEOUT = 0xFFFF_FFFF
+INPUT, WARM = 0, 1
 OPEN_NAME, OPEN_TICKET, OPEN_AGAIN = 0, 1, 2
 LEASE_FD, LEASE_DATASET = 1, 2
 DATASETS, RESULTS, SESSIONS = 0, 1, 2

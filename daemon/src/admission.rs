@@ -8,11 +8,12 @@ use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use shmquant_protocol::message::{ErrorCode, Failure};
+use shmquant_protocol::segment::Kind;
 
 use crate::books::Books;
 use crate::error::clipped;
 use crate::headroom::Headroom;
-use crate::life::{Life, ResultLife, WindowLife};
+use crate::life::{Life, ResultLife};
 
 /// Growths up to this size may use the reserve and need not queue.
 const SMALL: u64 = 1 << 20;
@@ -227,7 +228,7 @@ impl Books {
             let entries = account.segments.iter().filter_map(|id| self.registry.get(*id));
             let held = entries.filter(|e| {
                 e.leases_of(session) > 0
-                    || (matches!(e.life, Life::Window(w) if w != WindowLife::Retired) && e.home == session)
+                    || (e.kind == Kind::Window && !e.life.is_retired() && e.home == session)
             });
             held.map(|e| e.size).sum()
         });
@@ -276,6 +277,11 @@ impl Books {
             let age = oldest.elapsed().as_secs();
             let _ = write!(text, "; you hold {count} results, {}, oldest {age} s", size(bytes));
         }
+        let own = self.registry.iter().filter(|e| e.is_input() && e.leases_of(asked.session) > 0);
+        let inputs: u64 = own.map(|e| e.size).sum();
+        if inputs > 0 {
+            let _ = write!(text, "; your inputs take {}", size(inputs));
+        }
         let mut others: Vec<_> = of.into_iter().collect();
         others.sort_by_key(|(_, (_, bytes))| std::cmp::Reverse(*bytes));
         for (session, (count, bytes)) in others.iter().take(3) {
@@ -307,6 +313,8 @@ impl Books {
         }
         let hint = if count > 0 {
             format!("you hold {count} results, {}: release them", size(bytes))
+        } else if inputs > 0 {
+            format!("your inputs take {}: let go of those that are not needed", size(inputs))
         } else if named > 0 {
             "drop datasets that are not needed (`shmquant ls` lists them, `q.drop(name)` drops one)"
                 .to_owned()

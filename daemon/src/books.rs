@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use shmquant_protocol::failpoint::failpoint;
 use shmquant_protocol::message::{ErrorCode, Extent, Lease, Release};
+use shmquant_protocol::segment::Kind;
 
 use crate::admission::Admission;
 use crate::catalog::Catalog;
@@ -60,6 +61,10 @@ pub(crate) struct Counters {
     pub(crate) recycled: u64,
     pub(crate) retired: u64,
     pub(crate) requests: u64,
+    /// Bytes of values that came through windows.
+    pub(crate) bytes_copied: u64,
+    /// Bytes of values that were read where they lay.
+    pub(crate) bytes_shared: u64,
     pub(crate) stray_releases: u64,
     pub(crate) expired_tickets: u64,
 }
@@ -71,7 +76,7 @@ struct Effects {
     woken: Vec<Arc<Lane>>,
 }
 
-/// A complete result as a job gets it to fill.
+/// Memory as a job gets it to fill, or as it is before a client gets it.
 #[derive(Debug)]
 pub(crate) struct Taken {
     pub(crate) id: u64,
@@ -137,7 +142,7 @@ impl Books {
         // Not released by its holder: somebody may still look at it.
         entry.exposed |= entry.leases.len() != held;
         entry.mapped.retain(|s| *s != session);
-        if entry.home == session && entry.life == Life::Result(ResultLife::Free) {
+        if entry.home == session && entry.is_free() {
             self.retire(id);
         }
         self.settle(id);
@@ -177,7 +182,7 @@ impl Books {
         home: u64,
         memory: Arc<SegmentMemory>,
     ) -> Result<(), Trouble> {
-        let mut entry = new_entry(id, home, memory, Life::Window(WindowLife::Free));
+        let mut entry = new_entry(id, home, Kind::Window, memory);
         entry.go(Life::Window(WindowLife::Writing))?;
         let alive = self.sessions.get_mut(&home).map(|account| account.segments.insert(id));
         if alive.is_some() {
@@ -196,20 +201,25 @@ impl Books {
 
     /// Gives up the window of a lane that has ended.
     pub(crate) fn end_window(&mut self, id: u64) {
-        if let Some(entry) = self.registry.get_mut(id) {
-            let _ = entry.go(Life::Window(WindowLife::Free));
-            self.retire(id);
-        }
+        self.retire(id);
     }
 
     // Results.
 
-    /// A free segment of the session's own, for a job to fill.
-    pub(crate) fn take_pooled(&mut self, session: u64, size: u64) -> Result<Option<Taken>, Trouble> {
-        let Some(id) = self.account(session)?.pool.take(size) else { return Ok(None) };
+    /// A free segment of the session's own, for a job to fill or, an input, for the client.
+    pub(crate) fn take_pooled(
+        &mut self,
+        session: u64,
+        kind: Kind,
+        size: u64,
+    ) -> Result<Option<Taken>, Trouble> {
+        let Some(id) = self.account(session)?.pool.take(kind, size) else { return Ok(None) };
         let Some(entry) = self.registry.get_mut(id) else { return Ok(None) };
         let Some(memory) = entry.memory.clone() else { return Ok(None) };
-        entry.go(Life::Result(ResultLife::Filling))?;
+        entry.go(match kind {
+            Kind::Result => Life::Result(ResultLife::Filling),
+            _ => Life::Window(WindowLife::Writing),
+        })?;
         entry.generation += 1;
         entry.length = 0;
         entry.pinned = true;
@@ -225,7 +235,7 @@ impl Books {
         home: u64,
         memory: Arc<SegmentMemory>,
     ) -> Result<Taken, Trouble> {
-        let mut entry = new_entry(id, home, memory.clone(), Life::Result(ResultLife::Free));
+        let mut entry = new_entry(id, home, Kind::Result, memory.clone());
         entry.go(Life::Result(ResultLife::Filling))?;
         entry.pinned = true;
         self.registry.insert(entry);
@@ -249,14 +259,14 @@ impl Books {
         }
     }
 
-    /// Gives a session one more hold on a complete result.
+    /// Gives a session one more hold on a complete result, or on an input of its own.
     pub(crate) fn lease(&mut self, session: u64, id: u64) -> Result<Granted, Trouble> {
         let most = self.max_holds;
         let account = self.sessions.get_mut(&session).ok_or(Trouble::Lost)?;
         if account.holds >= most {
             return Err(too_many_holds(most));
         }
-        let entry = self.registry.get_mut(id).filter(|e| e.is_complete()).ok_or_else(gone)?;
+        let entry = self.registry.get_mut(id).filter(|e| e.is_leasable()).ok_or_else(gone)?;
         entry.add_lease(session);
         entry.exposed |= session != entry.home;
         account.holds += 1;
@@ -283,7 +293,7 @@ impl Books {
 
     /// Takes one hold back.
     pub(crate) fn release(&mut self, session: u64, release: Release) {
-        let entry = self.registry.complete_mut(release.segment, release.generation);
+        let entry = self.registry.leased_mut(release.segment, release.generation);
         let Some(entry) = entry.filter(|e| e.leases_of(session) > 0) else {
             // Nothing is harmed by it, but it is worth knowing.
             self.counters.stray_releases += 1;
@@ -326,26 +336,30 @@ impl Books {
         }
     }
 
-    /// What becomes of a result whose last hold may have gone.
+    /// What becomes of a result or input whose last hold may have gone.
     pub(crate) fn settle(&mut self, id: u64) {
         let Some(entry) = self.registry.get_mut(id) else { return };
-        if entry.is_complete() && !entry.is_held() {
+        if entry.is_leasable() && !entry.is_held() {
             self.free_or_retire(id);
         }
     }
 
     /// Recycle on proof, otherwise retire.
     fn free_or_retire(&mut self, id: u64) {
-        let cap = self.admission.limit() / self.pool_divisor.max(1);
+        let cap = self.pool_cap();
         let Some(entry) = self.registry.get_mut(id) else { return };
         let home = entry.home;
         let account = self.sessions.get_mut(&home).filter(|_| !entry.exposed && entry.size <= cap);
         let Some(account) = account else { return self.retire(id) };
-        if let Err(error) = entry.go(Life::Result(ResultLife::Free)) {
+        let free = match entry.life {
+            Life::Result(_) => Life::Result(ResultLife::Free),
+            Life::Window(_) => Life::Window(WindowLife::Free),
+        };
+        if let Err(error) = entry.go(free) {
             tracing::error!("{error}");
             return;
         }
-        account.pool.put(id, entry.size);
+        account.pool.put(id, entry.kind, entry.size);
         failpoint("daemon.recycled");
         let mut over = Vec::new();
         while account.pool.bytes() > cap
@@ -362,11 +376,14 @@ impl Books {
     /// Gives a segment up: unmaps it here, asks those who map it to do so, too.
     pub(crate) fn retire(&mut self, id: u64) {
         let Some(entry) = self.registry.get_mut(id) else { return };
-        let to = match entry.life {
-            Life::Result(_) => Life::Result(ResultLife::Retired),
-            Life::Window(_) => Life::Window(WindowLife::Retired),
+        let gone = match entry.life {
+            Life::Result(_) => entry.go(Life::Result(ResultLife::Retired)),
+            Life::Window(WindowLife::Free) => entry.go(Life::Window(WindowLife::Retired)),
+            Life::Window(_) => entry
+                .go(Life::Window(WindowLife::Free))
+                .and_then(|()| entry.go(Life::Window(WindowLife::Retired))),
         };
-        if let Err(error) = entry.go(to) {
+        if let Err(error) = gone {
             tracing::error!("{error}");
             return;
         }
@@ -413,6 +430,11 @@ impl Books {
         if !self.waiting.is_empty() {
             self.effects.woken.clone_from(&self.waiting);
         }
+    }
+
+    /// Most bytes that a session's pool may have.
+    pub(crate) fn pool_cap(&self) -> u64 {
+        self.admission.limit() / self.pool_divisor.max(1)
     }
 
     pub(crate) fn max_holds(&self) -> u64 {
@@ -468,7 +490,7 @@ impl Drop for Locked<'_> {
 pub(crate) fn gone() -> Trouble {
     Trouble::new(
         ErrorCode::Gone,
-        "this result is not held by the session any more, or never was",
+        "this result or input is not held by the session any more, or never was",
         "quantize again, or open the dataset by its name",
     )
 }
@@ -481,17 +503,23 @@ pub(crate) fn too_many_holds(most: u64) -> Trouble {
     )
 }
 
-fn new_entry(id: u64, home: u64, memory: Arc<SegmentMemory>, life: Life) -> Entry {
+/// A segment that is free, and not in any pool.
+pub(crate) fn new_entry(id: u64, home: u64, kind: Kind, memory: Arc<SegmentMemory>) -> Entry {
     Entry {
         id,
+        kind,
         generation: 1,
         size: memory.len() as u64,
-        life,
+        life: match kind {
+            Kind::Result => Life::Result(ResultLife::Free),
+            Kind::Window | Kind::Input => Life::Window(WindowLife::Free),
+        },
         home,
         memory: Some(memory),
         length: 0,
         leases: Vec::new(),
         pinned: false,
+        readers: 0,
         tickets: 0,
         datasets: 0,
         exposed: false,

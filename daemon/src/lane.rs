@@ -14,12 +14,13 @@ use shmquant_protocol::message::{ErrorCode, Message};
 use shmquant_protocol::segment::Kind;
 use shmquant_protocol::socket::Connection;
 
-use crate::admission::{Asked, Verdict};
+use crate::admission::{self, Verdict};
 use crate::books::{Books, Taken};
 use crate::error::Trouble;
 use crate::fpu;
 use crate::headroom::Headroom;
 use crate::hub::Hub;
+use crate::inputs::{self, Asked};
 use crate::life::WindowLife;
 use crate::memory::SegmentMemory;
 use crate::port::Port;
@@ -113,6 +114,11 @@ pub(crate) fn serve(
                 requests::deliver(hub, &lane.session, port, request, answer)?;
                 kept.shrink();
             }
+            Ok(Message::Allocate { bytes, purpose, timeout }) => {
+                let mut current = Current::new(hub, &lane, port, request);
+                let answer = inputs::allocate(&mut current, Asked { bytes, purpose, timeout });
+                requests::deliver(hub, &lane.session, port, request, answer)?;
+            }
             Ok(message) => requests::serve(hub, &lane.session, port, request, message)?,
         }
     }
@@ -158,7 +164,7 @@ fn make_window(
     let size = size.next_multiple_of(4096).min(hub.config.max_window);
     let mut current = Current::new(hub, lane, port, request);
     let patience = Some(Instant::now() + WINDOW_PATIENCE);
-    let Room::New(growth) = grow(&mut current, size, false, patience)? else {
+    let Room::New(growth) = grow(&mut current, size, None, patience)? else {
         return Err(Trouble::Lost);
     };
     let (id, memory) = hub.make_segment(Kind::Window, size)?;
@@ -309,16 +315,16 @@ pub(crate) enum Room<'a> {
     New(Growth<'a>),
 }
 
-/// Waits until `bytes` of shared memory may be made, or, if they may come `from_pool`, until the session's pool has them.
+/// Waits until `bytes` of shared memory may be made, or, of a kind that is `pooled`, until the session's pool has them.
 pub(crate) fn grow<'a>(
     current: &mut Current<'a, '_>,
     bytes: u64,
-    from_pool: bool,
+    pooled: Option<Kind>,
     deadline: Option<Instant>,
 ) -> Result<Room<'a>, Trouble> {
     let hub = current.hub;
-    let mut asked = Asked::new(current.lane.session.id, bytes, deadline);
-    asked.window = !from_pool;
+    let mut asked = admission::Asked::new(current.lane.session.id, bytes, deadline);
+    asked.window = pooled.is_none();
     let mut turn = Turn { hub, lane: current.lane, asked };
     loop {
         current.go_on()?;
@@ -327,9 +333,9 @@ pub(crate) fn grow<'a>(
         let verdict = {
             let mut books = hub.books();
             books.account(turn.asked.session)?;
-            if from_pool
+            if let Some(kind) = pooled
                 && books.is_first(&turn.asked)
-                && let Some(taken) = books.take_pooled(turn.asked.session, bytes)?
+                && let Some(taken) = books.take_pooled(turn.asked.session, kind, bytes)?
             {
                 return Ok(Room::Own(taken));
             }
@@ -357,7 +363,7 @@ pub(crate) fn grow<'a>(
 struct Turn<'a> {
     hub: &'a Hub,
     lane: &'a Arc<Lane>,
-    asked: Asked,
+    asked: admission::Asked,
 }
 
 impl Drop for Turn<'_> {

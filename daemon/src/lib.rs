@@ -17,6 +17,7 @@ mod error;
 mod fpu;
 mod headroom;
 mod hub;
+mod inputs;
 pub mod job;
 mod lane;
 mod life;

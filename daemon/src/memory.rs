@@ -7,7 +7,7 @@ use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::Sender;
 
-use shmquant_protocol::segment::Segment;
+use shmquant_protocol::segment::{Segment, SegmentError};
 
 use crate::reaper::Dead;
 
@@ -40,6 +40,14 @@ impl SegmentMemory {
     /// The descriptor that clients are sent.
     pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.segment.as_ref().map(Segment::fd)
+    }
+
+    /// Puts memory behind what a client took out of it.
+    pub(crate) fn make_whole(&self) -> Result<(), SegmentError> {
+        match &self.segment {
+            Some(segment) if segment.missing_bytes()? > 0 => segment.refill(),
+            _ => Ok(()),
+        }
     }
 
     /// A path that maps it, for datasets.

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use shmquant_protocol::segment::Kind;
+
 /// Smallest class.
 pub(crate) const SMALLEST: u64 = 64 << 10;
 
@@ -28,7 +30,8 @@ struct Idle {
 /// Free segments of a session. Which state they are in is the registry's business; this only finds them.
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
-    classes: BTreeMap<u64, Vec<Idle>>,
+    /// By what they are (inputs or results) and their size.
+    classes: BTreeMap<(bool, u64), Vec<Idle>>,
     bytes: u64,
 }
 
@@ -37,15 +40,16 @@ impl Pool {
         self.bytes
     }
 
-    pub(crate) fn put(&mut self, id: u64, size: u64) {
-        self.classes.entry(size).or_default().push(Idle { id, since: Instant::now() });
+    pub(crate) fn put(&mut self, id: u64, kind: Kind, size: u64) {
+        self.classes.entry((kind == Kind::Input, size)).or_default().push(Idle { id, since: Instant::now() });
         self.bytes += size;
     }
 
     /// The segment that was used last of the smallest class that fits and is at most twice as large.
-    pub(crate) fn take(&mut self, size: u64) -> Option<u64> {
-        let (class, idle) =
-            self.classes.range_mut(size..=size.saturating_mul(2)).find(|(_, list)| !list.is_empty())?;
+    pub(crate) fn take(&mut self, kind: Kind, size: u64) -> Option<u64> {
+        let input = kind == Kind::Input;
+        let fits = (input, size)..=(input, size.saturating_mul(2));
+        let ((_, class), idle) = self.classes.range_mut(fits).find(|(_, list)| !list.is_empty())?;
         let id = idle.pop()?.id;
         self.bytes -= class;
         Some(id)
@@ -56,18 +60,18 @@ impl Pool {
         let now = Instant::now();
         // Each list is in the order of time: the first one is its oldest.
         let oldest =
-            self.classes.iter().filter_map(|(size, list)| list.first().map(|i| (i.since, *size))).min();
-        let (since, size) = oldest?;
+            self.classes.iter().filter_map(|(class, list)| list.first().map(|i| (i.since, *class))).min();
+        let (since, class) = oldest?;
         if now.duration_since(since) < idle_for {
             return None;
         }
-        let list = self.classes.get_mut(&size)?;
+        let list = self.classes.get_mut(&class)?;
         let idle = list.remove(0);
         if list.is_empty() {
-            self.classes.remove(&size);
+            self.classes.remove(&class);
         }
-        self.bytes -= size;
-        Some((idle.id, size))
+        self.bytes -= class.1;
+        Some((idle.id, class.1))
     }
 }
 
@@ -95,11 +99,12 @@ mod tests {
     fn the_hottest_fit_is_taken_and_the_oldest_goes() {
         let mut pool = Pool::default();
         for (id, size) in [(1, 100), (2, 100), (3, 150), (4, 500)] {
-            pool.put(id, size);
+            pool.put(id, Kind::Result, size);
         }
-        assert_eq!(pool.take(100), Some(2));
-        assert_eq!(pool.take(120), Some(3));
-        assert_eq!(pool.take(120), None, "500 is more than twice as large");
+        assert_eq!(pool.take(Kind::Input, 100), None, "clients may write to inputs");
+        assert_eq!(pool.take(Kind::Result, 100), Some(2));
+        assert_eq!(pool.take(Kind::Result, 120), Some(3));
+        assert_eq!(pool.take(Kind::Result, 120), None, "500 is more than twice as large");
         assert_eq!(pool.take_oldest(Duration::from_secs(9)), None);
         assert_eq!(pool.take_oldest(Duration::ZERO), Some((1, 100)));
         assert_eq!(pool.take_oldest(Duration::ZERO), Some((4, 500)));

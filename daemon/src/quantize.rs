@@ -16,10 +16,11 @@ use crate::ending;
 use crate::engine::{Observer, Outcome, Run, Work};
 use crate::error::Trouble;
 use crate::hub::Hub;
+use crate::inputs::Pins;
 use crate::job::Job;
 use crate::lane::{Answered, Current, Lane, Room, Window, grow, stopping};
 use crate::memory::{Memory, copy_in, copy_out, poison};
-use crate::plan::{Plan, Plans};
+use crate::plan::{Plan, Plans, refuse};
 use crate::pool::class_of;
 use crate::requests::{Answer, name_exists};
 use crate::session::Busy;
@@ -85,10 +86,11 @@ pub(crate) fn quantize(
     current.flow = Some(flow.clone());
     current.wrote(asked.ready)?;
 
+    let pins = Pins::new(hub, session.id, plan.descriptor())?;
     let flight = match &asked.named {
         None => None,
         Some(naming) => {
-            let fingerprint = Fingerprint::new(naming.digest, scratch);
+            let fingerprint = fingerprint(naming.digest, plan.descriptor(), scratch)?;
             match reserve_name(current, naming, fingerprint, deadline)? {
                 Reserved::Existing(granted) => {
                     let message = Message::Done { lease: granted.lease, report: 0 };
@@ -100,9 +102,11 @@ pub(crate) fn quantize(
     };
 
     let filling = allocate(current, plan.result_bytes(), flight.is_some(), deadline)?;
-    let job = Job::new(plan.clone(), window.memory.clone(), filling.taken.memory.clone(), 0)?;
-    let job = Arc::new(job);
+    let (input, output) = (window.memory.clone(), filling.taken.memory.clone());
+    let job = Arc::new(Job::new(plan.clone(), input, &pins.sources, output, 0)?);
     run(current, &flow, &job)?;
+    // No chunk runs any more: what the client has given back meanwhile is free.
+    drop(pins);
     failpoint("daemon.completing");
     let complete = job.complete()?;
     failpoint("daemon.file_written");
@@ -115,7 +119,7 @@ pub(crate) fn quantize(
         tracing::error!(complete.length, "a job's file does not end with a footer");
         return Err(Trouble::new(ErrorCode::Internal, "the result has no end", ""));
     };
-    let granted = finish(current, filling, length, flight, asked.named)?;
+    let granted = finish(current, &plan, filling, length, flight, asked.named)?;
     failpoint("daemon.leased");
     Ok(Answer::leased(Message::Done { lease: granted.lease, report }, granted))
 }
@@ -141,6 +145,17 @@ fn copy_descriptor(window: &Window, bytes: u64, scratch: &mut Vec<u8>) -> Result
 }
 
 // Names.
+
+/// What a named request asks for, wherever its values lie.
+fn fingerprint(digest: [u8; 16], descriptor: &Descriptor, bytes: &[u8]) -> Result<Fingerprint, Trouble> {
+    if descriptor.places().next().is_none() {
+        return Ok(Fingerprint::new(digest, bytes));
+    }
+    let mut streamed = Vec::with_capacity(bytes.len());
+    let encoded = descriptor.without_places().encode(&mut streamed);
+    encoded.map_err(|(name, _)| refuse(ErrorCode::Unsupported, &name, "cannot be published"))?;
+    Ok(Fingerprint::new(digest, &streamed))
+}
 
 enum Reserved<'a> {
     Existing(Granted),
@@ -243,10 +258,10 @@ fn allocate<'a>(
     let Some(size) = size else {
         return Err(Trouble::new(ErrorCode::NoRoom, format!("a result of {bytes} bytes cannot exist"), ""));
     };
-    let pooled = if named { None } else { hub.books().take_pooled(session, size)? };
+    let pooled = if named { None } else { hub.books().take_pooled(session, Kind::Result, size)? };
     let taken = match pooled {
         Some(taken) => taken,
-        None => match grow(current, size, !named, deadline)? {
+        None => match grow(current, size, (!named).then_some(Kind::Result), deadline)? {
             Room::Own(taken) => taken,
             Room::New(growth) => {
                 let (id, memory) = hub.make_segment(Kind::Result, size)?;
@@ -271,7 +286,7 @@ fn allocate<'a>(
 fn run(current: &mut Current<'_, '_>, flow: &Arc<Flow>, job: &Arc<Job>) -> Result<(), Trouble> {
     let hub = current.hub;
     let list = flow.plan.chunks();
-    let total = list.chunks.iter().map(|c| c.bytes).fold(0, u64::saturating_add);
+    let total = flow.plan.streamed_bytes().saturating_add(flow.plan.shared_bytes());
     // Few bytes in very many chunks may still take more room than the window has: then somebody has to consume.
     let small = list.resident && (list.chunks.len() <= 1 || total <= INLINE);
     while small && current.ready < list.chunks.len() {
@@ -395,6 +410,7 @@ impl Observer for Flow {
 /// Completes the extent, gives the lease and, if it has a name, publishes: one step for everybody else.
 fn finish(
     current: &Current<'_, '_>,
+    plan: &Plan,
     mut filling: Filling<'_>,
     length: u64,
     flight: Option<Flight<'_>>,
@@ -404,6 +420,8 @@ fn finish(
     let session = &current.lane.session;
     let mut books = hub.books();
     let id = filling.taken.id;
+    books.counters.bytes_copied += plan.streamed_bytes();
+    books.counters.bytes_shared += plan.shared_bytes();
     books.complete(id, length)?;
     filling.armed = false;
     failpoint("daemon.completed");

@@ -1,7 +1,7 @@
 //! The registry: every segment there is, its state, its holds and who maps it.
 //!
-//! Holds of a result are leases (counted by session), the pin of the job that fills it, tickets and dataset
-//! names. When the last one goes, the memory is used again on proof or retired; `books.rs` decides that,
+//! Holds of a result are leases (counted by session), the pin of the job that fills it, the requests that read values
+//! from it, tickets and dataset names; of an input, leases and requests. When the last one goes, the memory is used again on proof or retired; `books.rs` decides that,
 //! because it needs the session, too.
 
 use std::collections::HashMap;
@@ -9,14 +9,16 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use shmquant_protocol::message::Extent;
+use shmquant_protocol::segment::Kind;
 
-use crate::life::{IllegalMove, Life, ResultLife};
+use crate::life::{IllegalMove, Life, ResultLife, WindowLife};
 use crate::memory::SegmentMemory;
 
 /// One segment.
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) id: u64,
+    pub(crate) kind: Kind,
     /// Counts the uses of the memory, from 1.
     pub(crate) generation: u64,
     pub(crate) size: u64,
@@ -29,8 +31,10 @@ pub(crate) struct Entry {
     pub(crate) length: u64,
     /// Holds by session.
     pub(crate) leases: Vec<(u64, u32)>,
-    /// A job writes here.
+    /// A job writes here, or it is about to be given out.
     pub(crate) pinned: bool,
+    /// Requests that read values here.
+    pub(crate) readers: u32,
     pub(crate) tickets: u32,
     pub(crate) datasets: u32,
     /// Somebody else may have seen it, or may still map it: it is never used again.
@@ -61,8 +65,23 @@ impl Entry {
         self.life == Life::Result(ResultLife::Complete)
     }
 
+    pub(crate) fn is_input(&self) -> bool {
+        self.kind == Kind::Input
+    }
+
+    /// Whether sessions may hold it: a complete result, or an input that is in use.
+    pub(crate) fn is_leasable(&self) -> bool {
+        let in_use = [WindowLife::Writing, WindowLife::Submitted].map(Life::Window);
+        self.is_complete() || (self.is_input() && in_use.contains(&self.life))
+    }
+
+    /// Whether it lies in its session's pool.
+    pub(crate) fn is_free(&self) -> bool {
+        matches!(self.life, Life::Result(ResultLife::Free) | Life::Window(WindowLife::Free))
+    }
+
     pub(crate) fn is_held(&self) -> bool {
-        !self.leases.is_empty() || self.pinned || self.tickets > 0 || self.datasets > 0
+        !self.leases.is_empty() || self.pinned || self.readers > 0 || self.tickets > 0 || self.datasets > 0
     }
 
     /// Whether nothing but tickets holds it: nobody reads it, and it has no name.
@@ -132,6 +151,11 @@ impl Registry {
     /// The complete result that an extent's segment and generation name.
     pub(crate) fn complete_mut(&mut self, id: u64, generation: u64) -> Option<&mut Entry> {
         self.entries.get_mut(&id).filter(|e| e.generation == generation && e.is_complete())
+    }
+
+    /// The result or input that an extent's segment and generation name, while sessions may hold it.
+    pub(crate) fn leased_mut(&mut self, id: u64, generation: u64) -> Option<&mut Entry> {
+        self.entries.get_mut(&id).filter(|e| e.generation == generation && e.is_leasable())
     }
 
     /// Notes that an entry has just been retired.

@@ -26,7 +26,7 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    fn plain(message: Message) -> Self {
+    pub(crate) fn plain(message: Message) -> Self {
         Self { message, memory: None, lease: None, ticket: None }
     }
 
@@ -157,7 +157,7 @@ impl Books {
                 Ok((granted, String::new()))
             }
             Target::Again(extent) => {
-                let entry = self.registry.complete_mut(extent.segment, extent.generation);
+                let entry = self.registry.leased_mut(extent.segment, extent.generation);
                 let entry = entry.filter(|e| e.leases_of(session) > 0).ok_or_else(gone)?;
                 // Whatever was sent before did not arrive.
                 entry.mapped.retain(|s| *s != session);

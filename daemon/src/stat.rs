@@ -5,6 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 use shmquant_protocol::message::{Listing, Message};
+use shmquant_protocol::segment::Kind;
 
 use crate::books::Books;
 use crate::catalog::Dataset;
@@ -20,17 +21,19 @@ const HOLDERS: usize = 16;
 /// The daemon's state in numbers.
 pub(crate) fn stat(hub: &Hub) -> String {
     let books = hub.books();
-    let (mut leases, mut leased, mut pooled, mut windows, mut filling, mut named) = (0, 0, 0, 0, 0, 0);
-    let mut ticketed = 0;
+    let (mut leases, mut leased, mut pooled, mut windows, mut inputs) = (0, 0, 0, 0, 0);
+    let (mut filling, mut named, mut ticketed) = (0, 0, 0);
     for entry in books.registry.iter() {
         leases += entry.leases.iter().map(|(_, n)| u64::from(*n)).sum::<u64>();
         match entry.life {
-            Life::Result(ResultLife::Free) => pooled += entry.size,
+            _ if entry.is_free() => pooled += entry.size,
             Life::Result(ResultLife::Filling) => filling += entry.size,
             Life::Result(ResultLife::Complete) if entry.datasets > 0 => named += entry.size,
             Life::Result(ResultLife::Complete) if entry.is_on_its_way() => ticketed += entry.size,
             Life::Result(ResultLife::Complete) => leased += entry.size,
-            Life::Window(_) if !entry.life.is_retired() => windows += entry.size,
+            Life::Window(_) if entry.life.is_retired() => {}
+            Life::Window(_) if entry.is_input() => inputs += entry.size,
+            Life::Window(_) => windows += entry.size,
             _ => {}
         }
     }
@@ -48,7 +51,7 @@ pub(crate) fn stat(hub: &Hub) -> String {
         "bytes": books.charged(),
         "bytes_by_use": {
             "results": leased, "datasets": named, "tickets": ticketed, "filling": filling, "pools": pooled, "windows": windows,
-            "leaving": books.registry.leaving(), "growing": books.admission.growing(),
+            "inputs": inputs, "leaving": books.registry.leaving(), "growing": books.admission.growing(),
         },
         "segments": books.registry.len(),
         "sessions": books.sessions.len(),
@@ -60,6 +63,8 @@ pub(crate) fn stat(hub: &Hub) -> String {
         "waiting": books.admission.waiting(),
         "refused": books.admission.refused,
         "requests": counters.requests,
+        "bytes_copied": counters.bytes_copied,
+        "bytes_shared": counters.bytes_shared,
         "recycled": counters.recycled,
         "retired": counters.retired,
         "stray_releases": counters.stray_releases,
@@ -96,8 +101,11 @@ pub(crate) fn list(hub: &Hub, cursor: u64, what: Listing) -> Message {
             }
         }
         Listing::Results => {
-            let mut entries: Vec<_> =
-                books.registry.iter().filter(|e| e.id > cursor && !e.leases.is_empty()).collect();
+            let mut entries: Vec<_> = books
+                .registry
+                .iter()
+                .filter(|e| e.id > cursor && e.is_complete() && !e.leases.is_empty())
+                .collect();
             entries.sort_by_key(|e| e.id);
             for entry in entries {
                 if !page.push(entry.id, || result_entry(&books, entry)) {
@@ -172,10 +180,11 @@ fn result_entry(books: &Books, entry: &Entry) -> Value {
 fn session_entry(books: &Books, id: u64) -> Value {
     let Some(account) = books.sessions.get(&id) else { return Value::Null };
     let entries = account.segments.iter().filter_map(|segment| books.registry.get(*segment));
-    let (mut results, mut bytes, mut windows) = (0, 0, 0);
+    let (mut results, mut bytes, mut windows, mut inputs) = (0, 0, 0, 0);
     for entry in entries {
-        match entry.life {
-            Life::Window(_) if !entry.life.is_retired() => windows += entry.size,
+        match entry.kind {
+            Kind::Window if !entry.life.is_retired() => windows += entry.size,
+            Kind::Input if entry.leases_of(id) > 0 => inputs += entry.size,
             _ if entry.leases_of(id) > 0 => {
                 results += 1;
                 bytes += entry.size;
@@ -193,6 +202,7 @@ fn session_entry(books: &Books, id: u64) -> Value {
         "bytes": bytes,
         "pool_bytes": account.pool.bytes(),
         "window_bytes": windows,
+        "input_bytes": inputs,
         "holds": account.holds,
     })
 }

@@ -5,7 +5,7 @@ mod tables;
 
 use proptest::prelude::*;
 use shmquant_daemon::engine::Work;
-use shmquant_daemon::job::Job;
+use shmquant_daemon::job::{Job, Sources};
 use shmquant_daemon::plan::Plan;
 use shmquant_kernels::{FloatType, Granularity, OnNonFinite, Scheme};
 use shmquant_protocol::chunks::CHUNK_BYTES;
@@ -99,7 +99,8 @@ fn try_all(bytes: &[u8]) {
         let plan = Arc::new(plan);
         let window = Heap::new(WINDOW, 0);
         let result = Heap::new(plan.result_bytes(), 0xA5);
-        let job = Job::new(Arc::clone(&plan), window, result, 0).expect("room for the result");
+        let job =
+            Job::new(Arc::clone(&plan), window, &Sources::new(), result, 0).expect("room for the result");
         (0..job.len()).for_each(|i| job.run(i));
         if let Err(failure) = job.complete() {
             // Bitmaps of zeros are other nulls than announced; nothing else is wrong with zeros.
@@ -190,7 +191,7 @@ fn the_kept_descriptor_is_good() {
     let descriptor = Descriptor::decode(&bytes).expect("good");
     let plan = Arc::new(Plan::new(descriptor, bytes.len() as u64, WINDOW, MOST).expect("good"));
     let result = Heap::new(plan.result_bytes(), 0xA5);
-    let job = Job::new(plan, Heap::new(WINDOW, 0), result, 0).expect("room");
+    let job = Job::new(plan, Heap::new(WINDOW, 0), &Sources::new(), result, 0).expect("room");
     assert_eq!(job.complete().err().map(|f| f.code), Some(ErrorCode::Internal), "chunks are to go");
     (0..job.len()).for_each(|i| job.run(i));
     job.complete().expect("zeros are valid");

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use arrow_ipc::reader::FileReader;
 use shmquant_daemon::engine::Work;
-use shmquant_daemon::job::Job;
+use shmquant_daemon::job::{Job, Sources};
 use shmquant_daemon::plan::Plan;
 use shmquant_protocol::chunks::{CHUNK_BYTES, Chunk, ChunkList, MIN_WINDOW};
 use shmquant_protocol::descriptor::{Body, Descriptor};
@@ -122,8 +122,8 @@ pub(crate) fn planner(data: &[u8]) {
             continue;
         }
         let (window, result) = (Heap::new(WINDOW, 0), Heap::new(plan.result_bytes(), 0xA5));
-        let job =
-            Job::new(Arc::clone(&plan), window.clone(), result.clone(), 0).expect("room for the result");
+        let job = Job::new(Arc::clone(&plan), window.clone(), &Sources::new(), result.clone(), 0)
+            .expect("room for the result");
         let mut left = values.iter().copied().cycle();
         for (i, chunk) in plan.chunks().chunks.iter().enumerate() {
             // Also where a second pass was to find what the first one saw.

@@ -39,7 +39,7 @@ pub struct Chunk {
     pub first: u64,
     /// Elements, or bytes for `Copy`.
     pub count: u64,
-    /// Bytes in the window.
+    /// Bytes in the window: 0 where the values lie in an extent.
     pub bytes: u64,
     /// Where it lies, from the window's start.
     pub at: u64,
@@ -149,8 +149,11 @@ fn value_chunks(out: &mut Vec<Chunk>, item: u32, values: &Values, spec: &Spec) {
         return;
     }
     let size = values.dtype.size() as u64;
+    let streamed = |bytes| if values.place.is_some() { 0 } else { bytes };
     let Some(_) = spec.affine else {
-        copy_chunks(out, item, 0, elements * size);
+        let first = out.len();
+        copy_chunks(out, item, 0, values.bytes());
+        out[first..].iter_mut().for_each(|chunk| chunk.bytes = streamed(chunk.bytes));
         return;
     };
     let most = CHUNK_BYTES / size;
@@ -162,7 +165,8 @@ fn value_chunks(out: &mut Vec<Chunk>, item: u32, values: &Values, spec: &Spec) {
         k * if aligned { n } else { n / 8 * 8 }
     });
     let mut push = |action, shared, first, count| {
-        out.push(Chunk { item, action, first, count, bytes: count * size, at: 0, start: 0, shared });
+        let bytes = streamed(count * size);
+        out.push(Chunk { item, action, first, count, bytes, at: 0, start: 0, shared });
     };
     if values.params.is_none() {
         let group = u64::from(spec.group_size);

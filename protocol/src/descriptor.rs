@@ -7,6 +7,7 @@ use crate::field::write_metadata;
 use crate::field::{
     NodeData, UnsupportedType, read_data, read_field, read_metadata, write_data, write_field,
 };
+use crate::message::{Extent, read_extent, write_extent};
 use crate::wire::{Reader, WireError, Writer};
 
 const MAGIC: u32 = 0x3144_5153;
@@ -14,6 +15,7 @@ const METRICS: u8 = 1;
 const CONTINUE_ON_ERROR: u8 = 2;
 const LARGE_NAMES: u8 = 4;
 const NULL_LAYER: u8 = 1;
+const EXTENT: u8 = 2;
 /// Largest product of sizes that is believed: keeps every later sum far from 2^63.
 const MAX_ELEMENTS: u64 = 1 << 46;
 
@@ -107,6 +109,17 @@ pub struct Values {
     pub shape: Vec<i64>,
     /// Parameters to use instead of those of the data.
     pub params: Option<Params>,
+    /// Where the values lie already, one after another; `None` if they cross through the window.
+    pub place: Option<Place>,
+}
+
+/// Values in an extent that the session holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Memory that the client allocated, or a result.
+    pub extent: Extent,
+    /// First byte of the first element, from the extent's start.
+    pub offset: u64,
 }
 
 /// What kind of values an item has.
@@ -231,6 +244,11 @@ impl Values {
         }
     }
 
+    /// Bytes of all elements.
+    pub fn bytes(&self) -> u64 {
+        self.elements() * self.dtype.size() as u64
+    }
+
     fn check(&self, name: &str, spec: &Spec) -> Result<(), DescriptorError> {
         let fail = |what: String| Err(DescriptorError::Invalid { name: name.to_owned(), what });
         if self.rows.checked_mul(self.k).is_none_or(|n| n > MAX_ELEMENTS) {
@@ -263,6 +281,24 @@ impl Values {
                     "shape {:?} does not hold {} x {} elements",
                     self.shape, self.rows, self.k
                 ));
+            }
+        }
+        if let Some(place) = &self.place {
+            if self.null_count != 0 || self.elements() == 0 {
+                return fail("only values without nulls, and at least one, can lie in an extent".to_owned());
+            }
+            let end = place.offset.checked_add(self.bytes());
+            if end.is_none_or(|end| end > place.extent.length) {
+                return fail(format!(
+                    "{} bytes at {} do not lie in an extent of {}",
+                    self.bytes(),
+                    place.offset,
+                    place.extent.length
+                ));
+            }
+            let from = place.extent.offset.checked_add(place.offset);
+            if from.is_none_or(|from| !from.is_multiple_of(self.dtype.size() as u64)) {
+                return fail(format!("{} values at {} are not aligned", self.dtype, place.offset));
             }
         }
         if let Some(params) = &self.params {
@@ -355,6 +391,26 @@ impl Descriptor {
         Ok(it)
     }
 
+    /// The items whose values lie in extents, and where.
+    pub fn places(&self) -> impl Iterator<Item = (usize, &Values, Place)> {
+        self.items.iter().enumerate().filter_map(|(i, item)| match &item.body {
+            Body::Values(values) => values.place.map(|place| (i, values, place)),
+            Body::Keep { .. } => None,
+        })
+    }
+
+    /// The same request with all values to be streamed: what it asks for, wherever they lie.
+    #[must_use]
+    pub fn without_places(&self) -> Self {
+        let mut it = self.clone();
+        for item in &mut it.items {
+            if let Body::Values(values) = &mut item.body {
+                values.place = None;
+            }
+        }
+        it
+    }
+
     /// The spec of quantized values.
     pub fn spec(&self, values: &Values) -> &Spec {
         &self.specs[values.spec]
@@ -425,7 +481,9 @@ impl Values {
             FloatType::F32 => 3,
             FloatType::F64 => 4,
         };
-        w.u16(self.spec as u16).u8(dtype).u8(if self.null { NULL_LAYER } else { 0 });
+        let null = if self.null { NULL_LAYER } else { 0 };
+        let in_extent = if self.place.is_some() { EXTENT } else { 0 };
+        w.u16(self.spec as u16).u8(dtype).u8(null | in_extent);
         w.u64(self.rows).u64(self.k).u64(self.null_count).u8(self.shape.len() as u8);
         for d in &self.shape {
             w.i64(*d);
@@ -444,6 +502,10 @@ impl Values {
                 }
             }
         }
+        if let Some(place) = &self.place {
+            write_extent(w, &place.extent);
+            w.u64(place.offset);
+        }
     }
 
     fn read(r: &mut Reader<'_>, name: &str, role: Role, specs: &[Spec]) -> Result<Self, DescriptorError> {
@@ -458,7 +520,8 @@ impl Values {
             4 => FloatType::F64,
             value => return Err(bad("dtype", value).into()),
         };
-        let null = r.u8("flags")? & NULL_LAYER != 0;
+        let flags = r.u8("flags")?;
+        let null = flags & NULL_LAYER != 0;
         let rows = r.u64("rows")?;
         let k = r.u64("k")?;
         let null_count = r.u64("null_count")?;
@@ -473,7 +536,11 @@ impl Values {
                 zero_points: (0..n).map(|_| r.i32("zero_point")).collect::<Result<_, _>>()?,
             }),
         };
-        let values = Self { role, spec, dtype, null, rows, k, null_count, shape, params };
+        let place = match flags & EXTENT {
+            0 => None,
+            _ => Some(Place { extent: read_extent(r)?, offset: r.u64("offset")? }),
+        };
+        let values = Self { role, spec, dtype, null, rows, k, null_count, shape, params, place };
         values.check(name, its_spec)?;
         Ok(values)
     }

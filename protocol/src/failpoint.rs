@@ -28,6 +28,8 @@ pub const ALL: &[&str] = &[
     "client.reply_received",
     "client.mapped",
     "client.leased",
+    "client.asked_on_lane",
+    "client.allocated",
     // Sharing.
     "client.asked",
     "client.answered",
@@ -64,6 +66,11 @@ pub const ALL: &[&str] = &[
     "daemon.leased",
     "daemon.reply_sent",
     "daemon.aborted",
+    "daemon.input_made",
+    "daemon.allocated",
+    "daemon.warmed",
+    "daemon.pinned",
+    "daemon.unpinned",
     // Sharing.
     "daemon.ticket_made",
     "daemon.opened",

@@ -1,6 +1,14 @@
 //! The messages of PROTOCOL.md sections 1 to 3 as types, and their only encoder and decoder.
 
+mod parts;
+
+pub(crate) use parts::{read_extent, write_extent};
+
 use crate::wire::{Reader, WireError, Writer};
+use parts::{
+    FLAG_NAMED, FLAG_REPLACE, read_failure, read_lease, read_name, read_quantize, read_releases, read_target,
+    write_lease, write_releases,
+};
 
 /// The protocol's major version: first byte of every frame and part of the socket's name.
 pub const MAJOR: u8 = 1;
@@ -76,6 +84,15 @@ pub enum Listing {
     Results,
     /// Sessions.
     Sessions,
+}
+
+/// What `ALLOC` asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Memory that the client writes its values to.
+    Input,
+    /// Memory that the session's pool keeps for a result to come.
+    Warm,
 }
 
 /// Error codes of PROTOCOL.md.
@@ -175,6 +192,8 @@ pub enum Message {
     Ticketed { ticket: u64, secret: [u8; 16] },
     Publish { extent: Extent, replace: bool, name: String },
     Published,
+    Allocate { bytes: u64, purpose: Purpose, timeout: u32 },
+    Allocated { lease: Lease },
     Drop { name: String },
     Dropped,
     List { cursor: u64, what: Listing },
@@ -226,11 +245,6 @@ pub struct Naming {
 }
 
 const REPLY: u16 = 0x8000;
-const FLAG_NAMED: u32 = 1;
-const FLAG_REPLACE: u32 = 2;
-const LEASE_FD: u32 = 1;
-const LEASE_DATASET: u32 = 2;
-const RELEASE_TAINTED: u64 = 1;
 
 impl Message {
     /// Appends the frame of this message to `out` (which is cleared first).
@@ -316,6 +330,14 @@ impl Message {
                 11
             }
             Self::Published => 11 | REPLY,
+            Self::Allocate { bytes, purpose, timeout } => {
+                w.u64(*bytes).u32(*purpose as u32).u32(*timeout);
+                12
+            }
+            Self::Allocated { lease } => {
+                write_lease(&mut w, lease);
+                12 | REPLY
+            }
             Self::Drop { .. } => 13,
             Self::Dropped => 13 | REPLY,
             Self::List { cursor, what } => {
@@ -452,6 +474,16 @@ impl Message {
                 Self::Publish { extent, replace, name: read_name(tail)? }
             }
             0x800B => Self::Published,
+            12 => Self::Allocate {
+                bytes: f.u64("bytes")?,
+                purpose: match f.u32("purpose")? {
+                    0 => Purpose::Input,
+                    1 => Purpose::Warm,
+                    value => return Err(WireError::Value { what: "purpose", value: u64::from(value) }),
+                },
+                timeout: f.u32("timeout")?,
+            },
+            0x800C => Self::Allocated { lease: read_lease(f)? },
             13 => Self::Drop { name: read_name(tail)? },
             0x800D => Self::Dropped,
             14 => Self::List {
@@ -479,103 +511,4 @@ impl Message {
             _ => return Err(WireError::Value { what: "type", value: u64::from(kind) }),
         })
     }
-}
-
-fn write_extent(w: &mut Writer<'_>, e: &Extent) {
-    w.u64(e.segment).u64(e.generation).u64(e.offset).u64(e.length);
-}
-
-fn read_extent(r: &mut Reader<'_>) -> Result<Extent, WireError> {
-    Ok(Extent {
-        segment: r.u64("segment")?,
-        generation: r.u64("generation")?,
-        offset: r.u64("offset")?,
-        length: r.u64("length")?,
-    })
-}
-
-fn write_lease(w: &mut Writer<'_>, lease: &Lease) {
-    write_extent(w, &lease.extent);
-    let flags = if lease.fd { LEASE_FD } else { 0 } | if lease.dataset { LEASE_DATASET } else { 0 };
-    w.u64(lease.segment_size).u32(flags).u32(0);
-}
-
-fn read_lease(r: &mut Reader<'_>) -> Result<Lease, WireError> {
-    let extent = read_extent(r)?;
-    let segment_size = r.u64("segment_size")?;
-    let flags = r.u32("flags")?;
-    r.u32("reserved")?;
-    Ok(Lease { extent, segment_size, fd: flags & LEASE_FD != 0, dataset: flags & LEASE_DATASET != 0 })
-}
-
-fn write_releases(w: &mut Writer<'_>, list: &[Release]) {
-    for r in list {
-        w.u64(r.segment).u64(r.generation).u64(if r.tainted { RELEASE_TAINTED } else { 0 });
-    }
-}
-
-fn read_releases(n: u32, tail: &mut Reader<'_>) -> Result<Vec<Release>, WireError> {
-    let n = tail.count(u64::from(n), 24, "releases")?;
-    (0..n)
-        .map(|_| {
-            Ok(Release {
-                segment: tail.u64("segment")?,
-                generation: tail.u64("generation")?,
-                tainted: tail.u64("flags")? & RELEASE_TAINTED != 0,
-            })
-        })
-        .collect()
-}
-
-fn read_quantize(f: &mut Reader<'_>, tail: &mut Reader<'_>) -> Result<Quantize, WireError> {
-    let descriptor = f.u64("descriptor")?;
-    let ready = f.u32("ready")?;
-    let timeout = f.u32("timeout")?;
-    let flags = f.u32("flags")?;
-    let releases = f.u32("releases")?;
-    let digest = f.key("digest")?;
-    let releases = read_releases(releases, tail)?;
-    let named = match flags & FLAG_NAMED {
-        0 => None,
-        _ => Some(Naming { name: read_name(tail)?, replace: flags & FLAG_REPLACE != 0, digest }),
-    };
-    Ok(Quantize { descriptor, ready, timeout, named, releases })
-}
-
-fn read_target(f: &mut Reader<'_>, tail: &mut Reader<'_>) -> Result<Target, WireError> {
-    let kind = f.u32("kind")?;
-    f.u32("reserved")?;
-    let ticket = f.u64("ticket")?;
-    let secret = f.key("secret")?;
-    match kind {
-        0 => Ok(Target::Name(read_name(tail)?)),
-        1 => Ok(Target::Ticket(ticket, secret)),
-        2 => Ok(Target::Again(read_extent(f)?)),
-        value => Err(WireError::Value { what: "kind", value: u64::from(value) }),
-    }
-}
-
-fn read_name(tail: &mut Reader<'_>) -> Result<String, WireError> {
-    let name = tail.string("name")?;
-    if name.is_empty() || name.len() > MAX_NAME || name.contains('\0') {
-        return Err(WireError::Value { what: "length of name", value: name.len() as u64 });
-    }
-    Ok(name.to_owned())
-}
-
-fn read_failure(f: &mut Reader<'_>, tail: &mut Reader<'_>) -> Result<Failure, WireError> {
-    let code = f.u32("code")?;
-    f.u32("reserved")?;
-    let known = ErrorCode::ALL.into_iter().find(|c| *c as u32 == code);
-    Ok(Failure {
-        // A newer daemon may know more codes; to this client they are the daemon's own fault.
-        code: known.unwrap_or(ErrorCode::Internal),
-        row: f.u64("row")?,
-        index: f.u64("index")?,
-        count: f.u64("count")?,
-        value: f.f64("value")?,
-        message: tail.string("message")?.to_owned(),
-        hint: tail.string("hint")?.to_owned(),
-        column: tail.string("column")?.to_owned(),
-    })
 }

@@ -14,8 +14,18 @@ fn descriptor(items: Vec<(Role, FloatType, u64, u64, u64, Spec, bool)>) -> Descr
     };
     let specs = items.iter().map(|i| i.5).collect();
     let items = items.into_iter().enumerate().map(|(i, (role, dtype, rows, k, null_count, spec, given))| {
-        let mut values =
-            Values { role, spec: i, dtype, null: false, rows, k, null_count, shape: vec![], params: None };
+        let mut values = Values {
+            role,
+            spec: i,
+            dtype,
+            null: false,
+            rows,
+            k,
+            null_count,
+            shape: vec![],
+            params: None,
+            place: None,
+        };
         let n = values.layout(&spec).n_params() as usize;
         if given && n > 0 {
             values.params = Some(Params { id: 7, scales: vec![0.5; n], zero_points: vec![0; n] });

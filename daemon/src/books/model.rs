@@ -18,6 +18,7 @@ use crate::memory::copy_in;
 use crate::reaper::Dead;
 
 mod check;
+mod inputs;
 
 const BUDGET: u64 = 256 << 10;
 const MAX_HOLDS: u64 = 8;
@@ -34,17 +35,22 @@ enum State {
     Retired,
     /// A window that has not been given up.
     Window,
+    /// An input that its session may write.
+    Input,
 }
 
 /// A segment as the model has it.
 #[derive(Debug)]
 struct Seen {
+    kind: Kind,
     home: u64,
     size: u64,
     generation: u64,
     state: State,
     leases: BTreeMap<u64, u32>,
     mapped: BTreeSet<u64>,
+    /// Requests that read values here.
+    readers: u32,
     exposed: bool,
     reaped: bool,
     /// What was written when it was completed: nothing else may be read until it is used again.
@@ -69,6 +75,7 @@ struct World {
     growths: Vec<(u64, u64)>,
     jobs: Vec<Taken>,
     windows: Vec<(u64, Arc<SegmentMemory>)>,
+    pins: Vec<u64>,
 
     alive: BTreeSet<u64>,
     segments: BTreeMap<u64, Seen>,
@@ -99,6 +106,7 @@ impl World {
             growths: Vec::new(),
             jobs: Vec::new(),
             windows: Vec::new(),
+            pins: Vec::new(),
             alive: BTreeSet::new(),
             segments: BTreeMap::new(),
             tickets: Vec::new(),
@@ -141,7 +149,8 @@ impl World {
         let named = self.names.values().any(|s| *s == id);
         let ticketed = self.tickets.iter().any(|t| t.segment == id);
         let Some(seen) = self.segments.get_mut(&id) else { return };
-        if seen.state != State::Complete || named || ticketed || !seen.leases.is_empty() {
+        let leasable = matches!(seen.state, State::Complete | State::Input);
+        if !leasable || named || ticketed || seen.readers > 0 || !seen.leases.is_empty() {
             return;
         }
         let cap = self.books.admission.limit() / 4;
@@ -154,7 +163,8 @@ impl World {
         let extent = self.segments.get(&id).map(|_| self.extent(id));
         let dataset = self.names.values().any(|s| *s == id);
         let alive = self.alive.contains(&session);
-        let seen = self.segments.get_mut(&id).filter(|s| s.state == State::Complete);
+        let leasable = |s: &&mut Seen| matches!(s.state, State::Complete | State::Input);
+        let seen = self.segments.get_mut(&id).filter(leasable);
         let Some(seen) = seen.filter(|_| alive && !full) else {
             assert!(granted.is_err(), "leased to nobody or what is not there: {granted:?}");
             return None;
@@ -192,6 +202,9 @@ impl World {
             21 | 22 => self.reap(),
             23 => self.expire(c),
             24 => self.window(a, b),
+            26..=28 => self.input(a, b),
+            29 | 30 => self.pin(a, b, c),
+            31 => self.unpin(a),
             _ => self.decay(a),
         }
     }
@@ -240,12 +253,13 @@ impl World {
         let Some(session) = self.session(a) else { return };
         let size = *pick(&SIZES, b).unwrap();
         let alive = self.alive.contains(&session.id);
-        let taken = self.books.take_pooled(session.id, size);
+        let taken = self.books.take_pooled(session.id, Kind::Result, size);
         assert_eq!(taken.is_ok(), alive);
         let Ok(taken) = taken else { return };
         if let Some(taken) = taken {
             let seen = self.segments.get_mut(&taken.id).unwrap();
             assert!(taken.recycled && seen.state == State::Free, "{seen:?} was used again");
+            assert_eq!(seen.kind, Kind::Result, "clients may write there");
             assert!(!seen.exposed && seen.home == session.id && seen.leases.is_empty(), "{seen:?}");
             assert!((size..=2 * size).contains(&seen.size), "{seen:?}");
             seen.state = State::Filling;
@@ -253,9 +267,7 @@ impl World {
             self.jobs.push(taken);
             return;
         }
-        let fits = |s: &&Seen| s.state == State::Free && s.home == session.id;
-        let free = self.segments.values().filter(fits).find(|s| (size..=2 * size).contains(&s.size));
-        assert!(free.is_none(), "{free:?} was not found");
+        self.assert_none_free(session.id, Kind::Result, size);
         let at = self.books.snapshot();
         let mut asked = Asked::new(session.id, size, None);
         self.taken_back = true;
@@ -272,6 +284,12 @@ impl World {
         }
     }
 
+    fn assert_none_free(&self, session: u64, kind: Kind, size: u64) {
+        let fits = |s: &&Seen| s.state == State::Free && (s.home, s.kind) == (session, kind);
+        let free = self.segments.values().filter(fits).find(|s| (size..=2 * size).contains(&s.size));
+        assert!(free.is_none(), "{free:?} was not found");
+    }
+
     fn make(&mut self, kind: Kind, size: u64) -> (u64, Arc<SegmentMemory>) {
         let id = self.books.registry.next_id();
         let name = SegmentName { instance: 0xb0, kind, id };
@@ -279,14 +297,16 @@ impl World {
         (id, Arc::new(SegmentMemory::new(segment, self.reaper.0.clone())))
     }
 
-    fn enter(&mut self, id: u64, home: u64, size: u64, state: State) {
+    fn enter(&mut self, id: u64, kind: Kind, home: u64, size: u64, state: State) {
         let seen = Seen {
+            kind,
             home,
             size,
             generation: 1,
             state,
             leases: BTreeMap::new(),
             mapped: BTreeSet::new(),
+            readers: 0,
             exposed: false,
             reaped: false,
             canary: 0,
@@ -304,7 +324,7 @@ impl World {
         if c & 2 == 0 {
             let (id, memory) = self.make(Kind::Result, size);
             let taken = self.books.add_result(id, session, memory).unwrap();
-            self.enter(id, session, size, State::Filling);
+            self.enter(id, Kind::Result, session, size, State::Filling);
             self.jobs.push(taken);
         }
         self.books.grown(size);
@@ -404,7 +424,9 @@ impl World {
         let mut extent = self.extent(id);
         extent.length = extent.length.wrapping_sub(u64::from(c >> 6));
         let made = self.books.make_ticket(session.id, extent, [c; 16]);
-        let may = self.leases_of(session.id, id) > 0 && self.alive.contains(&session.id);
+        let may = self.leases_of(session.id, id) > 0
+            && self.alive.contains(&session.id)
+            && self.segments[&id].kind == Kind::Result;
         if may && c >> 6 == 0 && self.holds(session.id) < MAX_HOLDS {
             let number = made.unwrap();
             assert!(self.tickets.iter().all(|t| t.number != number));
@@ -477,7 +499,8 @@ impl World {
         let id = extent.segment;
         let there = self.names.get(name).copied();
         let room = if there.is_some() { replace } else { (self.names.len() as u64) < MAX_DATASETS };
-        if self.leases_of(session, id) == 0 || !room && there != Some(id) {
+        let result = self.segments[&id].kind == Kind::Result;
+        if self.leases_of(session, id) == 0 || !result || !room && there != Some(id) {
             assert!(done.is_err(), "published without a hold, a right or room");
             return false;
         }
@@ -524,7 +547,7 @@ impl World {
         if b & 1 == 0 && self.windows.len() < 3 {
             let (id, memory) = self.make(Kind::Window, 4096);
             self.books.add_window(id, session.id, memory.clone()).unwrap();
-            self.enter(id, session.id, 4096, State::Window);
+            self.enter(id, Kind::Window, session.id, 4096, State::Window);
             if self.alive.contains(&session.id) {
                 self.segments.get_mut(&id).unwrap().mapped.insert(session.id);
             }
@@ -554,7 +577,7 @@ impl World {
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    prop::collection::vec((0u8..26, any::<u8>(), any::<u8>(), any::<u8>()), 1..120)
+    prop::collection::vec((0u8..32, any::<u8>(), any::<u8>(), any::<u8>()), 1..120)
 }
 
 proptest! {

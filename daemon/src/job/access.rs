@@ -10,6 +10,7 @@
     reason = "windows and results are shared memory: raw pointers are all there is to them"
 )]
 
+use std::fmt;
 use std::ops::Range;
 use std::panic::AssertUnwindSafe;
 use std::ptr::NonNull;
@@ -32,11 +33,16 @@ pub(super) struct Region {
 impl Region {
     /// `len` bytes from `offset` on; `None` if they are not there or do not start aligned.
     pub(super) fn new(memory: Arc<dyn Memory>, offset: u64, len: u64) -> Option<Self> {
+        // 8 is what the widest parameter needs; results start at multiples of 64 anyway.
+        let aligned = (memory.as_ptr() as usize as u64).checked_add(offset)? % 8 == 0;
+        if aligned { Self::unaligned(memory, offset, len) } else { None }
+    }
+
+    /// `len` bytes from `offset` on, of which only values are read; `None` if they are not there.
+    pub(super) fn unaligned(memory: Arc<dyn Memory>, offset: u64, len: u64) -> Option<Self> {
         let (offset, len) = (usize::try_from(offset).ok()?, usize::try_from(len).ok()?);
         let inside = offset.checked_add(len).is_some_and(|end| end <= memory.len());
-        // 8 is what the widest parameter needs; results start at multiples of 64 anyway.
-        let aligned = (memory.as_ptr() as usize).checked_add(offset)? % 8 == 0;
-        (inside && aligned && len <= isize::MAX as usize).then_some(Self { memory, offset, len })
+        (inside && len <= isize::MAX as usize).then_some(Self { memory, offset, len })
     }
 
     /// The address of `[at, at + bytes)`, or `None` where that is not inside.
@@ -45,7 +51,7 @@ impl Region {
         if end > self.len as u64 {
             return None;
         }
-        // SAFETY: `new` found `offset + len` bytes in the mapping, and `at` is at most `len`.
+        // SAFETY: `unaligned` found `offset + len` bytes in the mapping, and `at` is at most `len`.
         Some(unsafe { self.memory.as_ptr().add(self.offset + at as usize) })
     }
 
@@ -65,7 +71,8 @@ impl Region {
     /// Copies bytes that only the caller's chunk writes; `None` where they are outside.
     pub(super) fn copy_from(&self, at: u64, source: &Self, from: u64, bytes: u64) -> Option<()> {
         let (to, from) = (self.pointer(at, bytes)?, source.pointer(from, bytes)?);
-        // SAFETY: both runs are inside their mappings, which are two different segments. The source may change
+        // SAFETY: both runs are inside their mappings, which are two different segments: what a job fills is nobody's
+        // source, since sources are inputs, windows and complete results. The source may change
         // meanwhile: bytes are copied in one state or another, and no reference to them exists. The plan gives each
         // copying chunk its own target, and nobody reads it before all chunks have ended.
         unsafe { std::ptr::copy_nonoverlapping(from, to, bytes as usize) };
@@ -79,6 +86,12 @@ impl Region {
         // SAFETY: the bytes are inside the mapping, which `owner` keeps. Called when everything is written: from
         // then on clients may read the segment and nobody writes it while this job holds it.
         Some(unsafe { Buffer::from_custom_allocation(pointer, self.len, owner) })
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Region").field("offset", &self.offset).field("len", &self.len).finish_non_exhaustive()
     }
 }
 

@@ -4,11 +4,14 @@ use std::ops;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use super::access::Region;
 use shmquant_kernels::{Affine, Fault, Granularity, Layout, Mapping, Range, params_from_range};
 
 /// What the chunks of one item share.
 #[derive(Debug, Default)]
 pub(super) struct ItemState {
+    /// Its values, if they are not in the window.
+    pub(super) source: Option<Region>,
     /// Its chunks.
     pub(super) chunks: ops::Range<usize>,
     /// Index of the first chunk behind its Scan chunks; 0 if it has none.

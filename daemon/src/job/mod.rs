@@ -12,6 +12,7 @@ mod outcome;
 mod validate;
 mod writer;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -31,6 +32,9 @@ use self::item::{ItemState, Known, Ranges, merge_in_place, params_in_place};
 use crate::engine::Work;
 use crate::memory::Memory;
 use crate::plan::{Place, Plan, Target, ValuesTarget, Zeros};
+
+/// Memory in which values lie that do not come through the window, by segment.
+pub type Sources = HashMap<u64, Arc<dyn Memory>>;
 
 /// One request's work and what it has found so far.
 pub struct Job {
@@ -73,13 +77,14 @@ impl From<Fault> for Stopped {
 }
 
 impl Job {
-    /// A job that reads `window` and writes the extent at `offset` of `result`.
+    /// A job that reads `window`, and `sources` where the plan says so, and writes the extent at `offset` of `result`.
     ///
     /// # Errors
-    /// `INTERNAL` where the extent does not fit its memory.
+    /// `INTERNAL` where an extent does not fit its memory.
     pub fn new(
         plan: Arc<Plan>,
         window: Arc<dyn Memory>,
+        sources: &Sources,
         result: Arc<dyn Memory>,
         offset: u64,
     ) -> Result<Self, Failure> {
@@ -88,6 +93,16 @@ impl Job {
         let result = Region::new(result, offset, plan.result_bytes())
             .ok_or_else(|| internal(format!("no room for {} bytes at {offset}", plan.result_bytes())))?;
         let mut items: Vec<_> = plan.descriptor().items.iter().map(|_| ItemState::default()).collect();
+        for (item, values, place) in plan.descriptor().places() {
+            let memory = sources.get(&place.extent.segment).cloned();
+            // The descriptor was checked: neither sum wraps.
+            let at = place.extent.offset + place.offset;
+            let region = memory.and_then(|memory| Region::unaligned(memory, at, values.bytes()));
+            let region = region.ok_or_else(|| internal("values lie outside their memory"))?;
+            if let Some(state) = items.get_mut(item) {
+                state.source = Some(region);
+            }
+        }
         let chunks = &plan.chunks().chunks;
         for (index, chunk) in chunks.iter().enumerate() {
             let Some(state) = items.get_mut(chunk.item as usize) else {
@@ -163,10 +178,11 @@ impl Job {
                 None => (self.at(target.codes), target.code_bytes),
             },
         };
-        if chunk.first.checked_add(chunk.bytes).is_none_or(|end| end > bytes) {
+        if chunk.first.checked_add(chunk.count).is_none_or(|end| end > bytes) {
             return Err(Stopped::Broken("a chunk passes its buffer"));
         }
-        access.copy(at + chunk.first, &self.window, chunk.at, chunk.bytes).ok_or(OUTSIDE)?;
+        let (source, from) = self.source(chunk, 1);
+        access.copy(at + chunk.first, source, from, chunk.count).ok_or(OUTSIDE)?;
         Ok(Found::default())
     }
 
@@ -340,7 +356,16 @@ impl Job {
     fn values(&self, chunk: &Chunk) -> Result<(Values<'_>, Affine), Stopped> {
         let (values, spec, _) = self.plan.values(chunk.item as usize).ok_or(OUTSIDE)?;
         let affine = spec.affine.ok_or(Stopped::Broken("a layer that stays as it is was to be encoded"))?;
-        Ok((self.window.values(chunk.at, chunk.count, values.dtype).ok_or(OUTSIDE)?, affine))
+        let (source, from) = self.source(chunk, values.dtype.size() as u64);
+        Ok((source.values(from, chunk.count, values.dtype).ok_or(OUTSIDE)?, affine))
+    }
+
+    /// Where a chunk is read, of units of `size` bytes.
+    fn source(&self, chunk: &Chunk, size: u64) -> (&Region, u64) {
+        match &self.items[chunk.item as usize].source {
+            Some(region) => (region, chunk.first * size),
+            None => (&self.window, chunk.at),
+        }
     }
 
     /// The chunk's codes, and the parameters of `own` domains.

@@ -169,6 +169,17 @@ impl Plan {
         &self.chunks
     }
 
+    /// Bytes that the client writes to the window, all passes counted.
+    pub fn streamed_bytes(&self) -> u64 {
+        let written = self.chunks.chunks.iter().filter(|c| !c.shared);
+        written.map(|c| c.bytes).fold(0, u64::saturating_add)
+    }
+
+    /// Bytes of values that are read where they lie.
+    pub fn shared_bytes(&self) -> u64 {
+        self.descriptor.places().map(|(_, values, _)| values.bytes()).fold(0, u64::saturating_add)
+    }
+
     /// What was asked for.
     pub fn descriptor(&self) -> &Descriptor {
         &self.descriptor

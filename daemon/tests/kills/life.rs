@@ -1,12 +1,15 @@
 //! The whole life of a client, every step of both life cycles at least once.
+#![allow(unsafe_code, reason = "values are written to shared memory")]
 
 use std::io::Cursor;
 use std::time::{Duration, Instant};
 
 use arrow_array::cast::AsArray;
 use arrow_ipc::reader::FileReader;
-use shmquant_protocol::chunks::Chunk;
-use shmquant_protocol::client::{Address, ClientError, Config, Held, Options, Session, Source, StartCommand};
+use shmquant_protocol::chunks::{Action, Chunk};
+use shmquant_protocol::client::{
+    Address, ClientError, Config, Held, Input, Options, Session, Source, StartCommand,
+};
 use shmquant_protocol::descriptor::Descriptor;
 use shmquant_protocol::failpoint;
 use shmquant_protocol::message::Naming;
@@ -67,6 +70,55 @@ impl Source for Slow {
     }
 }
 
+/// Layers whose values are in memory that the daemon has, too.
+struct Placed {
+    layers: Layers,
+    places: Vec<(usize, usize)>,
+    _input: Input,
+}
+
+impl Placed {
+    fn new(session: &Session, sizes: &[u64]) -> Result<Self, ClientError> {
+        let layers = Layers::new(sizes);
+        let room: u64 = sizes.iter().map(|k| (k * 4).next_multiple_of(64)).sum();
+        let input = session.allocate(room, None, None)?;
+        let (mut at, mut places) = (0, Vec::new());
+        for (item, k) in (0..).zip(sizes) {
+            let bytes = k * 4;
+            let chunk = Chunk {
+                item,
+                action: Action::Fused,
+                first: 0,
+                count: *k,
+                bytes,
+                at: 0,
+                start: 0,
+                shared: false,
+            };
+            let place = input.as_ptr().wrapping_add(at);
+            // SAFETY: inside the input, which nobody reads yet.
+            layers.fill(&chunk, unsafe { std::slice::from_raw_parts_mut(place, bytes as usize) });
+            places.push((place as usize, bytes as usize));
+            at += bytes.next_multiple_of(64) as usize;
+        }
+        Ok(Self { layers, places, _input: input })
+    }
+}
+
+impl Source for Placed {
+    fn descriptor(&self) -> &Descriptor {
+        self.layers.descriptor()
+    }
+
+    fn fill(&self, chunk: &Chunk, out: &mut [u8]) {
+        self.layers.fill(chunk, out);
+    }
+
+    fn lies_at(&self, item: usize) -> Option<(usize, usize)> {
+        self.places.get(item).copied()
+    }
+}
+
 /// Lives once: everything a client can do, its results held, shared and given back. `say` hears what others have to know.
 pub(crate) fn live(
     session: &Session,
@@ -92,6 +144,14 @@ pub(crate) fn live(
         Err(ClientError::Cancelled) => {}
         Err(error) => return Err(error),
         Ok(_) => panic!("a call that was interrupted has a result"),
+    }
+
+    session.warm(1 << 20, None, None)?;
+    for sizes in [SMALL, LARGE] {
+        let placed = Placed::new(session, sizes)?;
+        let done = session.quantize(&placed, &Options::default())?;
+        check(&done.held, sizes);
+        assert_eq!(done.bytes_copied, 0);
     }
 
     let shared = session.quantize(&Layers::new(SMALL), &Options::default())?.held;

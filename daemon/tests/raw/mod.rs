@@ -287,7 +287,7 @@ impl Running {
     pub(crate) fn write(&mut self, lane: &Lane, table: &Table) {
         let until = self.list.writable(self.consumed);
         for chunk in &self.list.chunks[self.written..until] {
-            if !chunk.shared {
+            if !chunk.shared && chunk.bytes > 0 {
                 let values = &table.values[chunk.item as usize];
                 let first = chunk.first as usize;
                 let bytes: Vec<u8> = values[first..first + chunk.count as usize]
@@ -328,6 +328,7 @@ pub(crate) fn table(scheme: Scheme, granularity: Granularity, layers: &[(u64, u6
             null_count: 0,
             shape: vec![*rows as i64, *k as i64],
             params: None,
+            place: None,
         }),
     });
     let descriptor = Descriptor {

@@ -13,7 +13,7 @@ use arrow_data::ArrayData;
 use arrow_ipc::reader::FileReader;
 use arrow_schema::{DataType, Field};
 use shmquant_daemon::engine::Work;
-use shmquant_daemon::job::Job;
+use shmquant_daemon::job::{Job, Sources};
 use shmquant_daemon::memory::Memory;
 use shmquant_daemon::plan::Plan;
 use shmquant_kernels::{Affine, FloatType, Granularity, Layout, OnNonFinite, Scheme, ZeroPointsMut, fused};
@@ -212,7 +212,7 @@ impl Table {
         memory.write(0, &descriptor);
         let offset = 128;
         let result = Heap::new(offset + plan.result_bytes() + 64, junk);
-        let job = Job::new(Arc::clone(&plan), memory.clone(), result.clone(), offset)?;
+        let job = Job::new(Arc::clone(&plan), memory.clone(), &Sources::new(), result.clone(), offset)?;
         drive(self, plan.chunks(), &memory, &job, order);
         let complete = job.complete()?;
         assert_eq!(complete.length, plan.result_bytes());
@@ -329,7 +329,18 @@ impl Done {
 }
 
 pub(crate) fn values(role: Role, dtype: FloatType, rows: u64, k: u64) -> Values {
-    Values { role, spec: 0, dtype, null: false, rows, k, null_count: 0, shape: Vec::new(), params: None }
+    Values {
+        role,
+        spec: 0,
+        dtype,
+        null: false,
+        rows,
+        k,
+        null_count: 0,
+        shape: Vec::new(),
+        params: None,
+        place: None,
+    }
 }
 
 pub(crate) fn spec(scheme: Scheme, granularity: Granularity, group_size: u32) -> Spec {

@@ -245,6 +245,7 @@ mod tests {
                 null_count: 0,
                 shape: vec![],
                 params: None,
+                place: None,
             }),
         };
         let descriptor = Descriptor {

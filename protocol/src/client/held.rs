@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::fork::Mark;
-use super::leases::Leases;
+use super::leases::{Leases, Origin};
 use super::returns::Return;
 use crate::message::{Extent, Lease};
 use crate::segment::{Kind, Mapping, SegmentName};
@@ -24,10 +24,11 @@ pub struct Held {
     dataset: AtomicBool,
     name: OnceLock<String>,
     created: bool,
+    kind: Kind,
     mark: Mark,
 }
 
-// SAFETY: the memory at `address` is read-only and kept mapped by `back`; everything else is Send and Sync.
+// SAFETY: the memory at `address` is kept mapped by `back`; everything else is Send and Sync.
 unsafe impl Send for Held {}
 // SAFETY: as above.
 unsafe impl Sync for Held {}
@@ -38,8 +39,7 @@ impl Held {
         leases: Arc<Leases>,
         back: Box<Return>,
         lease: &Lease,
-        name: &str,
-        created: bool,
+        origin: &Origin<'_>,
         mark: Mark,
     ) -> Self {
         let Lease { extent, dataset, .. } = *lease;
@@ -47,9 +47,10 @@ impl Held {
             extent.offset.checked_add(extent.length).is_some_and(|end| end <= back.mapping.len() as u64);
         assert!(inside, "the extent was compared with its mapping");
         let address = back.mapping.as_ptr().wrapping_add(extent.offset as usize);
+        let Origin { name, created, kind } = *origin;
         let name = if name.is_empty() { OnceLock::new() } else { OnceLock::from(name.to_owned()) };
         let dataset = AtomicBool::new(dataset);
-        Self { leases, back: Some(back), address, extent, dataset, name, created, mark }
+        Self { leases, back: Some(back), address, extent, dataset, name, created, kind, mark }
     }
 
     /// Where the bytes begin, valid for [`len`](Self::len) bytes while this lives.
@@ -81,9 +82,7 @@ impl Held {
 
     /// The name of its segment, as `/proc/<pid>/maps` shows it.
     pub fn segment_name(&self) -> String {
-        let name =
-            SegmentName { instance: self.leases.instance(), kind: Kind::Result, id: self.extent.segment };
-        name.to_string()
+        SegmentName { instance: self.leases.instance(), kind: self.kind, id: self.extent.segment }.to_string()
     }
 
     /// Whether it is published, and so never recycled.

@@ -143,6 +143,14 @@ impl Wire {
         }
     }
 
+    /// Sends a message that is not answered, ahead of the next request.
+    pub(super) fn tell(&mut self, message: &Message, clock: &mut Clock<'_>) -> Result<(), ClientError> {
+        let request = std::mem::take(&mut self.request);
+        let sent = self.send(message, clock);
+        self.request = request;
+        sent
+    }
+
     /// What has come, if anything has.
     pub(super) fn look(&mut self) -> Result<Option<Event>, ClientError> {
         let received = self.connection.try_recv(&mut self.buffer, &mut self.fds);

@@ -10,10 +10,12 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::error::ClientError;
 use super::fork::{Mark, Process};
 use super::held::Held;
+use super::ranges::Ranges;
 use super::returns::{Return, ReturnQueue};
+use crate::descriptor::{Body, Descriptor, Item, Place};
 use crate::failpoint::failpoint;
 use crate::message::{Lease, Release};
-use crate::segment::{Backing, Mapping, fd_refused};
+use crate::segment::{Backing, Kind, Mapping, fd_refused};
 
 /// The leases of one session.
 #[derive(Debug)]
@@ -39,6 +41,8 @@ struct Cache {
     segments: HashMap<u64, Known>,
     /// Segments that the daemon wants unmapped and that still have views.
     leaving: Vec<(u64, Weak<Mapping>)>,
+    /// Where values may lie without being copied.
+    ranges: Ranges,
 }
 
 #[derive(Debug)]
@@ -46,6 +50,20 @@ struct Known {
     mapping: Arc<Mapping>,
     /// The newest generation that was leased.
     generation: u64,
+}
+
+/// Address and bytes of an item's values, see [`Source::lies_at`](super::Source::lies_at).
+pub(super) type Lies<'a> = &'a dyn Fn(usize) -> Option<(usize, usize)>;
+
+/// How this session came by a lease.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Origin<'a> {
+    /// The name under which it was made or opened; empty if there is none.
+    pub(super) name: &'a str,
+    /// This very call had it computed.
+    pub(super) created: bool,
+    /// Result or input, which decides how it is mapped.
+    pub(super) kind: Kind,
 }
 
 /// A lease that was checked and has its memory, or one whose descriptor was lost on the way.
@@ -92,8 +110,7 @@ impl Leases {
         self: &Arc<Self>,
         lease: &Lease,
         fds: &mut Vec<OwnedFd>,
-        name: &str,
-        created: bool,
+        origin: &Origin<'_>,
     ) -> Result<Attached, ClientError> {
         let extent = lease.extent;
         let end = extent.offset.checked_add(extent.length);
@@ -104,7 +121,13 @@ impl Leases {
             )));
         }
         let fresh = match fds.pop() {
-            Some(fd) => Some(Arc::new(Mapping::read_only(fd.as_fd(), lease.segment_size, self.backing)?)),
+            Some(fd) => {
+                let (fd, size) = (fd.as_fd(), lease.segment_size);
+                Some(Arc::new(match origin.kind {
+                    Kind::Input => Mapping::inherited(fd, size, self.backing)?,
+                    _ => Mapping::read_only(fd, size, self.backing)?,
+                }))
+            }
             None => None,
         };
         failpoint("client.mapped");
@@ -112,8 +135,9 @@ impl Leases {
         // What is replaced is unmapped after the lock, which other threads want.
         let mut replaced = None;
         let mapping = {
-            let mut cache = self.cache();
-            match (cache.segments.get_mut(&extent.segment), fresh) {
+            let mut guard = self.cache();
+            let cache = &mut *guard;
+            let mapping = match (cache.segments.get_mut(&extent.segment), fresh) {
                 (Some(known), fresh) => {
                     if extent.generation < known.generation
                         || known.mapping.len() as u64 != lease.segment_size
@@ -139,14 +163,16 @@ impl Leases {
                     mapping
                 }
                 (None, None) => return Ok(Attached::NoDescriptor),
-            }
+            };
+            cache.ranges.add(mapping.as_ptr() as usize, extent);
+            mapping
         };
         drop(replaced);
         self.live.fetch_add(1, Ordering::SeqCst);
         failpoint("client.leased");
         let release = Release { segment: extent.segment, generation: extent.generation, tainted: false };
         let back = Return::new(release, mapping);
-        Ok(Attached::Held(Held::new(Arc::clone(self), back, lease, name, created, Mark::now())))
+        Ok(Attached::Held(Held::new(Arc::clone(self), back, lease, origin, Mark::now())))
     }
 
     /// Takes a hold back. Called from [`Held`]'s drop, on any thread: never blocks, and sends nothing but a wake-up to a sleeper.
@@ -175,18 +201,56 @@ impl Leases {
     pub(super) fn take(&self, out: &mut Vec<Release>, most: usize) {
         let mut backlog = lock(&self.backlog);
         let mut mappings = Vec::new();
+        let mut cache = None;
         for back in self.queue.take() {
             self.live.fetch_sub(1, Ordering::SeqCst);
+            let ranges = &mut cache.get_or_insert_with(|| self.cache()).ranges;
+            ranges.remove(back.mapping.as_ptr() as usize, &back.release);
             backlog.push(back.release);
             // Nearly always the cache has it, too, and this is a decrement.
             if Arc::strong_count(&back.mapping) == 1 {
                 mappings.push(back.mapping);
             }
         }
+        drop(cache);
         let n = backlog.len().min(most);
         out.extend(backlog.drain(..n));
         drop(backlog);
         drop(mappings);
+    }
+
+    /// The request with the places of those values that lie in extents of this session; `None` if there are none.
+    pub(super) fn placed(&self, descriptor: &Descriptor, at: Lies<'_>) -> Option<Descriptor> {
+        let places = self.places(descriptor, at);
+        if places.is_empty() {
+            return None;
+        }
+        let mut placed = descriptor.clone();
+        for (item, place) in places {
+            if let Some(Body::Values(values)) = placed.items.get_mut(item).map(|item| &mut item.body) {
+                values.place = Some(place);
+            }
+        }
+        Some(placed)
+    }
+
+    fn places(&self, descriptor: &Descriptor, at: Lies<'_>) -> Vec<(usize, Place)> {
+        let cache = self.cache();
+        if cache.ranges.is_empty() {
+            return Vec::new();
+        }
+        let place = |(i, item): (usize, &Item)| {
+            let Body::Values(values) = &item.body else { return None };
+            if values.null_count > 0 || values.elements() == 0 {
+                return None;
+            }
+            let (address, bytes) = at(i).filter(|(_, bytes)| *bytes as u64 == values.bytes())?;
+            let place = cache.ranges.find(address, bytes)?;
+            // Values that are not aligned cross as all others do.
+            let from = place.extent.offset + place.offset;
+            from.is_multiple_of(values.dtype.size() as u64).then_some((i, place))
+        };
+        descriptor.items.iter().enumerate().filter_map(place).collect()
     }
 
     /// Puts back what could not be sent.
@@ -248,7 +312,10 @@ impl Leases {
     pub(super) fn end(&self) {
         self.ended.store(true, Ordering::SeqCst);
         drop(self.queue.take());
-        let segments = std::mem::take(&mut self.cache().segments);
+        let mut cache = self.cache();
+        cache.ranges.clear();
+        let segments = std::mem::take(&mut cache.segments);
+        drop(cache);
         drop(segments);
     }
 

@@ -10,10 +10,12 @@ mod error;
 mod filling;
 mod fork;
 mod held;
+mod input;
 mod lane;
 mod leases;
 mod polling;
 mod primary;
+mod ranges;
 mod report;
 mod returns;
 mod session;
@@ -30,15 +32,17 @@ use std::time::Duration;
 pub use address::{ADDRESS_VARIABLE, Address, Connector};
 pub use error::ClientError;
 pub use held::Held;
+pub use input::Input;
 pub use report::ItemReport;
 pub use source::Source;
 pub use start::StartCommand;
 
 use crate::failpoint::failpoint;
 use crate::message::{Extent, Listing, MAX_RELEASES, Message, Naming, Target, Welcome};
-use crate::segment::Mapping;
+use crate::segment::{Kind, Mapping};
 use clock::Clock;
 use fork::{PerProcess, Process};
+use leases::Origin;
 use primary::Reply;
 use session::{Link, Slot};
 use stream::Request;
@@ -88,6 +92,10 @@ pub struct Quantized {
     pub held: Held,
     /// One for each quantized item, in order; empty if the named result existed already.
     pub report: Vec<ItemReport>,
+    /// Bytes of values that were copied on their way to the daemon, twice where it had to see them twice.
+    pub bytes_copied: u64,
+    /// Bytes of values that the daemon read where they lay.
+    pub bytes_shared: u64,
 }
 
 /// A handle on this process's session with a daemon. Clones share the session.
@@ -119,7 +127,9 @@ impl Session {
         let mut clock = Clock::new(options.timeout, options.interrupted);
         let link = self.link(&clock)?;
         let mut descriptor = Vec::new();
-        let encoded = source.descriptor().encode(&mut descriptor);
+        let placed = link.leases().placed(source.descriptor(), &|item| source.lies_at(item));
+        let asked = placed.as_ref().unwrap_or(source.descriptor());
+        let encoded = asked.encode(&mut descriptor);
         encoded.map_err(|(column, kind)| ClientError::Column { column, kind })?;
         let bytes = descriptor.len() as u64;
         let most = link.welcome().max_window / 4;
@@ -133,6 +143,7 @@ impl Session {
         link.leases().take(&mut releases, MAX_RELEASES);
         let request = Request {
             source,
+            descriptor: asked,
             naming: options.named.clone(),
             releases,
             progress: options.progress,
@@ -161,11 +172,13 @@ impl Session {
         drop(borrowed);
         let name = options.named.as_ref().map_or("", |naming| naming.name.as_str());
         let created = name.is_empty() || answer.computed;
-        let held = link.hold(&answer.lease, &mut fds, name, created, &mut clock)?;
+        let origin = Origin { name, created, kind: Kind::Result };
+        let held = link.hold(&answer.lease, &mut fds, &origin, &mut clock)?;
         if answer.interrupted {
             return Err(ClientError::Cancelled);
         }
-        Ok(Quantized { held, report: answer.report })
+        let stream::Answer { report, bytes_copied, bytes_shared, .. } = answer;
+        Ok(Quantized { held, report, bytes_copied, bytes_shared })
     }
 
     /// Opens a published result.
@@ -218,7 +231,7 @@ impl Session {
         let mapped =
             fds.last().map(|fd| Mapping::private_writable(fd.as_fd(), size, link.leases().backing()));
         // The reply came with one more hold, which goes back at once; a descriptor that was lost is asked for again with it.
-        drop(link.hold(&lease, &mut fds, "", false, &mut short())?);
+        drop(link.hold(&lease, &mut fds, &opened(""), &mut short())?);
         match mapped {
             Some(mapping) => Ok(mapping?),
             None => Err(ClientError::protocol("OPEN for a descriptor was answered without one")),
@@ -288,7 +301,7 @@ impl Session {
         };
         failpoint("client.opened");
         let (name, mut fds) = (name.clone(), reply.fds);
-        link.hold(&lease, &mut fds, &name, false, &mut clock)
+        link.hold(&lease, &mut fds, &opened(&name), &mut clock)
     }
 
     fn link(&self, clock: &Clock<'_>) -> Result<Arc<Link>, ClientError> {
@@ -326,6 +339,11 @@ impl std::fmt::Debug for Session {
 
 fn short() -> Clock<'static> {
     Clock::new(Some(SHORT_REQUEST), None)
+}
+
+/// A result that some other call computed.
+fn opened(name: &str) -> Origin<'_> {
+    Origin { name, created: false, kind: Kind::Result }
 }
 
 fn ask(link: &Link, message: &Message, what: &'static str) -> Result<Reply, ClientError> {

@@ -14,7 +14,7 @@ use super::error::ClientError;
 use super::fork::{Descriptors, Process};
 use super::held::Held;
 use super::lane::Lanes;
-use super::leases::{Attached, Leases, lock};
+use super::leases::{Attached, Leases, Origin, lock};
 use super::polling::Polling;
 use super::primary::{Primary, Reply};
 use super::start::{self, Turn};
@@ -179,11 +179,10 @@ impl Link {
         &self,
         lease: &Lease,
         fds: &mut Vec<std::os::fd::OwnedFd>,
-        name: &str,
-        created: bool,
+        origin: &Origin<'_>,
         clock: &mut Clock<'_>,
     ) -> Result<Held, ClientError> {
-        let attached = self.leases.attach(lease, fds, name, created);
+        let attached = self.leases.attach(lease, fds, origin);
         let mut result = match attached {
             Ok(Attached::Held(held)) => return Ok(held),
             Ok(Attached::NoDescriptor) => Err(None),
@@ -191,7 +190,7 @@ impl Link {
         };
         for _ in 0..ATTEMPTS {
             match result {
-                Err(None) => result = self.again(lease, name, created, clock),
+                Err(None) => result = self.again(lease, origin, clock),
                 _ => break,
             }
         }
@@ -215,8 +214,7 @@ impl Link {
     fn again(
         &self,
         lease: &Lease,
-        name: &str,
-        created: bool,
+        origin: &Origin<'_>,
         clock: &mut Clock<'_>,
     ) -> Result<Held, Option<ClientError>> {
         self.lanes.close_idle(self);
@@ -225,7 +223,7 @@ impl Link {
             self.primary.ask(&open, "asking for a descriptor", clock).map_err(Some)?;
         match message {
             Message::Opened { lease: second, .. } if second.extent == lease.extent => {
-                match self.leases.attach(&second, &mut fds, name, created) {
+                match self.leases.attach(&second, &mut fds, origin) {
                     Ok(Attached::Held(held)) => {
                         self.leases.refuse(lease);
                         Ok(held)

@@ -14,8 +14,9 @@ use super::session::Progress;
 use super::source::Source;
 use super::window::Window;
 use crate::chunks::ChunkList;
+use crate::descriptor::Descriptor;
 use crate::failpoint::failpoint;
-use crate::message::{ErrorCode, Lease, Message, Naming, Quantize, Release};
+use crate::message::{ErrorCode, Failure, Lease, Message, Naming, Quantize, Release};
 
 /// Up to here all values are written before the request is sent, which makes it one round trip.
 const SMALL: u64 = 1 << 20;
@@ -31,6 +32,8 @@ const GLANCE: Duration = Duration::from_millis(2);
 /// What a request needs besides its lane.
 pub(super) struct Request<'a> {
     pub(super) source: &'a dyn Source,
+    /// The source's, with the places of values that do not cross.
+    pub(super) descriptor: &'a Descriptor,
     pub(super) naming: Option<Naming>,
     pub(super) releases: Vec<Release>,
     pub(super) progress: Option<&'a Progress<'a>>,
@@ -50,6 +53,10 @@ pub(super) struct Answer {
     pub(super) computed: bool,
     /// The caller does not want it any more.
     pub(super) interrupted: bool,
+    /// Bytes that were written to the window for it.
+    pub(super) bytes_copied: u64,
+    /// Bytes that the daemon read elsewhere.
+    pub(super) bytes_shared: u64,
 }
 
 /// How a request went that came to an end.
@@ -66,16 +73,17 @@ pub(super) fn run(
     if bytes > most || !lane.write_descriptor() {
         return Ok(Err(ClientError::TooLarge { bytes, most }));
     }
-    let list = ChunkList::new(request.source.descriptor(), bytes, lane.window.len());
+    let list = ChunkList::new(request.descriptor, bytes, lane.window.len());
     let Ok(chunks) = u32::try_from(list.chunks.len()) else {
         return Ok(Err(ClientError::TooLarge { bytes: u64::MAX, most }));
     };
-    let Request { source, naming, releases, progress, helpers, primary, polling } = request;
+    let shared = request.descriptor.places().map(|(_, values, _)| values.bytes()).sum();
+    let Request { source, descriptor: _, naming, releases, progress, helpers, primary, polling } = request;
     let timeout = clock.milliseconds();
     let quantize =
         |ready| Message::Quantize(Quantize { descriptor: bytes, ready, timeout, named: naming, releases });
     let total = bytes_of(&list, 0, list.chunks.len());
-    let mut stream = Stream { list: &list, total, progress, primary, cancelled: None };
+    let mut stream = Stream { list: &list, total, shared, done: 0, progress, primary, cancelled: None };
     let Lane { wire, window, .. } = lane;
     wire.begin();
 
@@ -84,7 +92,7 @@ pub(super) fn run(
         while filling.step() {}
         wire.send(&quantize(chunks), clock)?;
         failpoint("client.quantize_sent");
-        stream.report(total);
+        stream.wrote(total);
         let turn = polling.take();
         stream.answer(wire, turn.as_ref().map_or(Duration::ZERO, Turn::length), clock)?
     } else {
@@ -117,7 +125,12 @@ impl Drop for StopOnDrop<'_, '_> {
 
 struct Stream<'a> {
     list: &'a ChunkList,
+    /// Bytes to be written.
     total: u64,
+    /// Bytes of values that lie in extents.
+    shared: u64,
+    /// Bytes that were written and announced.
+    done: u64,
     progress: Option<&'a Progress<'a>>,
     primary: &'a Primary,
     cancelled: Option<Stop>,
@@ -132,7 +145,7 @@ impl Stream<'_> {
         clock: &mut Clock<'_>,
     ) -> Result<Option<Message>, ClientError> {
         let all = self.list.chunks.len();
-        let (mut announced, mut consumed, mut done) = (0, 0, 0);
+        let (mut announced, mut consumed) = (0, 0);
         loop {
             while let Some(event) = wire.look()? {
                 if let Some(message) = self.event(event, announced, &mut consumed, filling)? {
@@ -157,8 +170,7 @@ impl Stream<'_> {
                 wire.send(&Message::Wrote { chunks: mark as u32 }, clock)?;
                 failpoint("client.wrote");
                 announced = mark;
-                done += fresh;
-                self.report(done);
+                self.wrote(fresh);
             }
             if announced == all {
                 failpoint("client.streamed");
@@ -205,28 +217,10 @@ impl Stream<'_> {
     fn answer(
         &mut self,
         wire: &mut Wire,
-        mut spin: Duration,
+        spin: Duration,
         clock: &mut Clock<'_>,
     ) -> Result<Message, ClientError> {
-        let mut last = self.cancelled.map(|stop| (stop, Instant::now() + AFTERMATH));
-        loop {
-            let until = last.map(|(_, at)| at).or_else(|| clock.wait_until());
-            if let Some(Event::Reply(message)) = wire.wait(spin, until)? {
-                return Ok(message);
-            }
-            spin = Duration::ZERO;
-            if let Some((stop, at)) = last {
-                if Instant::now() >= at {
-                    return Err(clock.error(stop));
-                }
-            } else if let Some(stop) = clock.check() {
-                self.cancelled = Some(stop);
-                last = Some((stop, Instant::now() + AFTERMATH));
-                let (lane, request) = (wire.lane, wire.request);
-                self.primary.tell(&Message::Cancel { lane, request }, "cancelling a request")?;
-                failpoint("client.cancel_sent");
-            }
-        }
+        answer(wire, self.primary, &mut self.cancelled, spin, clock)
     }
 
     fn outcome(
@@ -241,27 +235,92 @@ impl Stream<'_> {
                 let Some(bytes) = bytes else {
                     return Err(ClientError::protocol(format!("a report of {report} bytes")));
                 };
-                self.report(self.total);
+                let computed = report > 0;
+                let bytes_shared = if computed { self.shared } else { 0 };
+                // All of it has been read, whether or not it had to be written for that.
+                self.report(self.total + self.shared);
                 Ok(Ok(Answer {
                     lease,
                     report: ItemReport::read_all(&bytes),
-                    computed: report > 0,
+                    computed,
+                    bytes_copied: self.done,
+                    bytes_shared,
                     interrupted: self.cancelled == Some(Stop::Interrupted),
                 }))
             }
-            Message::Error(failure) => Ok(Err(match self.cancelled {
-                // What the daemon calls CANCELLED has one of these names here.
-                Some(stop) if failure.code == ErrorCode::Cancelled => clock.error(stop),
-                _ => ClientError::Refused(failure),
-            })),
+            Message::Error(failure) => Ok(Err(refused(failure, self.cancelled, clock))),
             other => Err(ClientError::protocol(format!("QUANTIZE was answered by {other:?}"))),
         }
     }
 
+    fn wrote(&mut self, bytes: u64) {
+        self.done += bytes;
+        self.report(self.done);
+    }
+
     fn report(&self, done: u64) {
         if let Some(progress) = self.progress {
-            progress(done, self.total);
+            progress(done, self.total + self.shared);
         }
+    }
+}
+
+/// Gives releases back and asks for something that is no table, on a lane. If this fails itself, the lane cannot be used again.
+pub(super) fn ask(
+    wire: &mut Wire,
+    primary: &Primary,
+    releases: Vec<Release>,
+    message: &Message,
+    clock: &mut Clock<'_>,
+) -> Result<Result<Message, ClientError>, ClientError> {
+    if !releases.is_empty() {
+        wire.tell(&Message::Release(releases), clock)?;
+    }
+    wire.begin();
+    wire.send(message, clock)?;
+    failpoint("client.asked_on_lane");
+    let mut cancelled = None;
+    let reply = answer(wire, primary, &mut cancelled, Duration::ZERO, clock)?;
+    Ok(match reply {
+        Message::Error(failure) => Err(refused(failure, cancelled, clock)),
+        reply => Ok(reply),
+    })
+}
+
+/// Waits for the answer to a request; has it cancelled when the call has to stop.
+fn answer(
+    wire: &mut Wire,
+    primary: &Primary,
+    cancelled: &mut Option<Stop>,
+    mut spin: Duration,
+    clock: &mut Clock<'_>,
+) -> Result<Message, ClientError> {
+    let mut last = cancelled.map(|stop| (stop, Instant::now() + AFTERMATH));
+    loop {
+        let until = last.map(|(_, at)| at).or_else(|| clock.wait_until());
+        if let Some(Event::Reply(message)) = wire.wait(spin, until)? {
+            return Ok(message);
+        }
+        spin = Duration::ZERO;
+        if let Some((stop, at)) = last {
+            if Instant::now() >= at {
+                return Err(clock.error(stop));
+            }
+        } else if let Some(stop) = clock.check() {
+            *cancelled = Some(stop);
+            last = Some((stop, Instant::now() + AFTERMATH));
+            let (lane, request) = (wire.lane, wire.request);
+            primary.tell(&Message::Cancel { lane, request }, "cancelling a request")?;
+            failpoint("client.cancel_sent");
+        }
+    }
+}
+
+fn refused(failure: Box<Failure>, cancelled: Option<Stop>, clock: &Clock<'_>) -> ClientError {
+    match cancelled {
+        // What the daemon calls CANCELLED has one of these names here.
+        Some(stop) if failure.code == ErrorCode::Cancelled => clock.error(stop),
+        _ => ClientError::Refused(failure),
     }
 }
 

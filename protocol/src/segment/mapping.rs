@@ -38,10 +38,15 @@ impl Mapping {
         Self::made(MmapOptions::new().len(len).map_raw_read_only(fd.as_raw_fd()), len, Access::ReadOnly)
     }
 
-    /// Maps a window or an input for writing. A forked child does not inherit the mapping.
-    pub fn read_write(fd: BorrowedFd<'_>, len: u64, backing: Backing) -> Result<Self, SegmentError> {
+    /// Maps an input for writing. A forked child shares it, as it shares every other shared mapping of its parent.
+    pub fn inherited(fd: BorrowedFd<'_>, len: u64, backing: Backing) -> Result<Self, SegmentError> {
         let len = check(fd, len, backing)?;
-        let mapping = Self::made(MmapOptions::new().len(len).map_raw(fd.as_raw_fd()), len, Access::Shared)?;
+        Self::made(MmapOptions::new().len(len).map_raw(fd.as_raw_fd()), len, Access::Shared)
+    }
+
+    /// Maps a window for writing. A forked child does not inherit the mapping.
+    pub fn read_write(fd: BorrowedFd<'_>, len: u64, backing: Backing) -> Result<Self, SegmentError> {
+        let mapping = Self::inherited(fd, len, backing)?;
         mapping.advise(Advice::DontFork, "keeping a window from forked children")?;
         Ok(mapping)
     }

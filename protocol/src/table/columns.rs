@@ -181,6 +181,7 @@ impl Quantized<'_> {
             null_count,
             shape: Vec::new(),
             params: None,
+            place: None,
         };
         let want = values.layout(self.its_spec).n_params();
         if let Some(params) = &options.params {

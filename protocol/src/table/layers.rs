@@ -259,8 +259,18 @@ impl<'a> Builder<'a> {
             let details = InputError::layer(name, row, format!("Layer '{name}' has a null at index {at}"));
             return Err(fail(details.at(row, index).hint("nulls=\"zero\" counts nulls inside layers as 0")));
         }
-        let mut values =
-            Values { role: Role::Layer, spec, dtype, null, rows, k, null_count: 0, shape, params: None };
+        let mut values = Values {
+            role: Role::Layer,
+            spec,
+            dtype,
+            null,
+            rows,
+            k,
+            null_count: 0,
+            shape,
+            params: None,
+            place: None,
+        };
         let spec = self.specs.get(spec);
         if let (Some(params), Some(_), false) = (&self.options.params, spec.affine, null) {
             let want = values.layout(spec).n_params();

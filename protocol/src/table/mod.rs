@@ -204,6 +204,13 @@ impl Source for Table {
             (Streams::Kept(_), _) => {}
         }
     }
+
+    fn lies_at(&self, item: usize) -> Option<(usize, usize)> {
+        match self.streams.get(item)? {
+            Streams::Values { values, .. } => values.lies_at(),
+            Streams::Kept(_) => None,
+        }
+    }
 }
 
 /// The parameters of one item out of given ones.

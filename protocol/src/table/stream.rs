@@ -36,6 +36,15 @@ impl Stream {
         }
     }
 
+    /// Address and bytes of all of it, if it lies in memory as it crosses.
+    pub(crate) fn lies_at(&self) -> Option<(usize, usize)> {
+        match self {
+            Self::Bytes(p) => p.lies_at(|piece| Some(piece.as_slice())),
+            Self::Rows(p) => p.lies_at(Rows::dense),
+            Self::Bits(_) | Self::Offsets(_) | Self::Views(_) => None,
+        }
+    }
+
     /// Writes the bytes from `first` on. Offsets and views are asked for whole, as chunks of a multiple of 16 bytes do.
     pub(crate) fn write(&self, first: u64, out: &mut [u8]) {
         let count = out.len() as u64;
@@ -89,6 +98,21 @@ impl<P> Pieces<P> {
             self.pieces.push(piece);
             self.total += len as u64;
         }
+    }
+
+    /// Address and bytes, if every piece is bytes in memory and ends where the next one begins.
+    fn lies_at<'a>(&'a self, bytes: impl Fn(&'a P) -> Option<&'a [u8]>) -> Option<(usize, usize)> {
+        let mut all = None;
+        for piece in &self.pieces {
+            let here = bytes(piece)?;
+            let (address, len) = (here.as_ptr() as usize, here.len());
+            all = match all {
+                None => Some((address, len)),
+                Some((start, before)) if start + before == address => Some((start, before + len)),
+                Some(_) => return None,
+            };
+        }
+        all
     }
 
     /// Calls `f(piece, place in the piece, place in the range, length)` for every piece of a range, in order.
@@ -212,6 +236,15 @@ impl Rows {
                 self.zero(done..rows.end, first, out);
             }
         }
+    }
+
+    /// Its bytes, if nothing has to be put in or left out.
+    fn dense(&self) -> Option<&[u8]> {
+        if self.nulls.is_some() || self.holes.is_some() {
+            return None;
+        }
+        let first = self.start(0);
+        self.values.as_slice().get(first..first.checked_add(self.len.checked_mul(self.row_bytes)?)?)
     }
 
     fn start(&self, row: usize) -> usize {

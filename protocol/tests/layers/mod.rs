@@ -32,6 +32,7 @@ impl Layers {
                 null_count: 0,
                 shape: vec![],
                 params: None,
+                place: None,
             }),
         };
         let descriptor = Descriptor {

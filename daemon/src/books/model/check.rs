@@ -48,7 +48,8 @@ impl World {
                 State::Filling => "filling",
                 State::Complete => "complete",
                 State::Retired => "retired",
-                State::Window => "writing",
+                State::Input if seen.readers > 0 => "submitted",
+                State::Input | State::Window => "writing",
             };
             assert_eq!(entry.life.word(), life, "segment {id}: {seen:?} {entry:?}");
             assert_eq!(entry.leases.iter().copied().collect::<BTreeMap<_, _>>(), seen.leases, "{id}");
@@ -59,6 +60,7 @@ impl World {
             assert_eq!((entry.tickets as usize, entry.datasets as usize), (tickets, datasets), "{id}");
             assert_eq!(entry.generation, seen.generation, "{id}");
             assert_eq!((entry.home, entry.size), (seen.home, seen.size), "{id}");
+            assert_eq!((entry.kind, entry.readers), (seen.kind, seen.readers), "{id}");
             assert_eq!(entry.exposed, seen.exposed, "{id}");
             assert_eq!(entry.pinned, seen.state == State::Filling, "{id}");
             assert_eq!(entry.memory.is_none(), seen.state == State::Retired, "{id}");
@@ -123,6 +125,9 @@ impl World {
         while !self.jobs.is_empty() {
             let finish = self.jobs.len().is_multiple_of(2);
             self.checked(|w| if finish { w.finish(0, 1, 0) } else { w.abort(0) });
+        }
+        while !self.pins.is_empty() {
+            self.checked(|w| w.unpin(0));
         }
         while !self.windows.is_empty() {
             self.checked(|w| w.window(0, 1));
