@@ -101,12 +101,19 @@ def symmetric_codes(values, k):
     return by_groups(values, k, k, symmetric, -127, 127)[2]
 
 
-def params_id(packed):
+def fnv1a(data):
     """FNV-1a, 64 bits."""
     number = 0xCBF29CE484222325
-    for byte in packed:
+    for byte in data:
         number = (number ^ byte) * 0x100000001B3 % 2**64
     return number
+
+
+def row_ids(file, batch, name):
+    """What the rows of a column of ids say, each id once."""
+    ids = batch[name]
+    dictionary = file.dictionaries[ids.field.dictionary]
+    return {dictionary.values()[i] for i in ids.values()}
 
 
 def put(lane, descriptor, values=b""):

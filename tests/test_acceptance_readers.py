@@ -87,6 +87,8 @@ def test_a_dataset_is_read_by_its_path_without_this_library(serve, backing, read
 KINDS: dict[str, dict[str, Any]] = {
     "int8-row": {"scheme": "int8"},
     "uint8-row": {"scheme": "uint8"},
+    "uint4-row": {"scheme": "uint4"},
+    "int8-group": {"scheme": "int8", "group_size": 8},
     "uint4-group": {"scheme": "uint4", "group_size": 8},
     "int2-group": {"scheme": "int2", "group_size": 24},
     "int8-tensor": {"scheme": "int8", "granularity": "tensor"},
@@ -194,6 +196,73 @@ def test_tables_of_other_params_are_refused_after_every_joining(q, tmp_path, kin
         for part in (joined.slice(29, 2), joined.slice(30), joined.take([31, 40])):
             with pytest.raises(InvalidInputError, match="emb"):
                 shmquant.dequantize(part)
+
+
+# Two tables each, of one Arrow type but not of one meaning: dimension and options.
+TWINS: dict[str, list[tuple[int, dict[str, Any]]]] = {
+    "group size": [(16, {"scheme": "uint4", "group_size": 8}), (16, {"scheme": "uint4", "group_size": 12})],
+    "group size of bytes": [(16, {"scheme": "int8", "group_size": g}) for g in (8, 10)],
+    "dimension": [(15, {"scheme": "uint4"}), (16, {"scheme": "uint4"})],
+    "dimension of groups": [
+        (15, {"scheme": "int4", "group_size": 8}),
+        (16, {"scheme": "int4", "group_size": 8}),
+    ],
+    "scheme": [(8, {"scheme": "uint4"}), (16, {"scheme": "uint2"})],
+    "dimension under the same params": [(15, {"scheme": "uint4"}), (16, {"scheme": "uint4"})],
+}
+
+
+@ways
+@pytest.mark.parametrize("turn", [1, -1], ids=["one-two", "two-one"])
+@pytest.mark.parametrize("twins", TWINS)
+def test_tables_of_other_specs_are_refused_after_every_joining(q, tmp_path, twins, turn, way):
+    """Arrow compares types, and the first table's metadata would stand for both."""
+    made = []
+    for dim, options in TWINS[twins][::turn]:
+        if "params" in twins:
+            options = {"params": q.fit(table(X), "uint4", granularity="tensor")}
+        made.append(q.quantize(table(X[:, :dim]), **options).table)
+    assert made[0].schema.equals(made[1].schema)
+    try:
+        joined = way(made, tmp_path)
+    except pl.exceptions.PolarsError:
+        return  # refused by the reader itself
+    with pytest.raises(InvalidInputError, match="tables with different specs or ranges were joined"):
+        shmquant.dequantize(joined)
+    if isinstance(joined, pa.Table):
+        assert decoded(joined.slice(0, 30)) == decoded(made[0])
+        with pytest.raises(InvalidInputError, match="emb"):
+            shmquant.dequantize(joined.slice(30))
+
+
+@pytest.mark.parametrize("turn", [1, -1], ids=["fewer-first", "more-first"])
+@pytest.mark.parametrize(
+    "twins",
+    [
+        [(8, {"scheme": "uint8"}), (16, {"scheme": "uint4"})],
+        [(8, {"scheme": "int8"}), (8, {"scheme": "int8", "mapping": "asymmetric"})],
+        [(8, {"scheme": "int8"}), (8, {"scheme": "int8", "granularity": "dimension"})],
+    ],
+    ids=["packed", "asymmetric", "dimension"],
+)
+def test_a_union_of_columns_is_no_way_to_other_specs(q, twins, turn):
+    """Columns that one of the tables has alone are null in the rows of the other."""
+    made = [q.quantize(table(X[:, :dim]), **options).table for dim, options in twins[::turn]]
+    assert made[0].schema.field("emb").type == made[1].schema.field("emb").type
+    with pytest.raises(pa.ArrowInvalid):
+        pa.concat_tables(made)
+    joined = pa.concat_tables(made, promote_options="default")
+    with pytest.raises(InvalidInputError, match="emb"):
+        shmquant.dequantize(joined)
+    assert decoded(joined.slice(0, 30)) == decoded(made[0])
+
+
+def test_the_joined_tables_that_are_refused_name_row_and_way_out(q):
+    joined = pa.concat_tables([q.quantize(table(X), "uint4", group_size=size).table for size in (8, 9)])
+    with pytest.raises(InvalidInputError) as caught:
+        shmquant.dequantize(joined)
+    assert caught.value.column == "emb" and caught.value.row == 30
+    assert "hint: dequantize each table before joining them" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", KINDS)

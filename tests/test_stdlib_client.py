@@ -29,11 +29,12 @@ from stdlib_oracle import (
     encode,
     error_of,
     f32,
+    fnv1a,
     nibbles,
     numbers,
-    params_id,
     put,
     quantize,
+    row_ids,
     row_nibbles,
     symmetric,
     symmetric_codes,
@@ -73,8 +74,13 @@ def test_rows_in_one_round_trip(lane):
 
 def test_groups_with_a_short_last_one(lane):
     values = numbers(50 * 100)
-    _, _, batch, _ = quantize(lane, column_of(50, 100, UINT4_GROUPS), [values])
+    _, file, batch, _ = quantize(lane, column_of(50, 100, UINT4_GROUPS), [values])
     scales, zero_points, codes = by_groups(values, 100, 32, asymmetric, 0, 15)
+    assert [field.name for field in file.fields] == ["emb", "emb_scale", "emb_zero_point", "emb_params_id"]
+    number = fnv1a(b"uint4|asymmetric|group|100|32|lsb")
+    facts = json.loads(batch["emb"].field.metadata["ARROW:extension:metadata"])
+    assert facts["params_id"] == f"{number:016x}"
+    assert row_ids(file, batch, "emb_params_id") == {number}
     assert list(batch["emb"].values()) == row_nibbles(codes, 100)
     assert list(batch["emb_scale"].values()) == scales
     assert list(batch["emb_zero_point"].values()) == zero_points
@@ -133,16 +139,15 @@ def test_given_parameters(lane):
     values = numbers(3 * 1000)
     spec = d.Spec(d.INT8, d.ASYMMETRIC, d.DIMENSION)
     packed = struct.pack("<3f3i", *scales, *zero_points)
-    number = params_id(packed)
+    number = fnv1a(packed)
     given = {"params_id": number, "scales": scales, "zero_points": zero_points}
     _, file, batch, _ = quantize(lane, column_of(1000, 3, spec, **given), [values])
     codes = array.array("b", bytes(len(values)))
     for i in range(3):
         codes[i::3] = array.array("b", encode(values[i::3], scales[i], zero_points[i], -128, 127))
     assert list(batch["emb"].values()) == list(codes)
-    ids = batch["emb_params_id"]
-    dictionary = file.dictionaries[min(file.dictionaries)]
-    assert {dictionary.values()[i] for i in ids.values()} == {number}
+    facts = f"int8|asymmetric|dimension|3|0|none|{number:016x}"
+    assert row_ids(file, batch, "emb_params_id") == {fnv1a(facts.encode())}
 
 
 @pytest.mark.parametrize(("dtype", "code"), [(d.FLOAT16, "e"), (d.FLOAT64, "d"), (d.BFLOAT16, None)])

@@ -74,6 +74,7 @@ fn vectors_hold_what_the_kernels_make() {
                     (scheme.name(), Some(k), name)
                 );
                 let asymmetric = !scheme.signed();
+                let mut params = None;
                 if let Some(text) = &m.params_b64 {
                     let got = meta::decode_f32(&text.scale).expect("base64");
                     // Without rows there is no range; a parameter is 1.
@@ -83,11 +84,7 @@ fn vectors_hold_what_the_kernels_make() {
                         assert!(meta::decode_f32(text).expect("base64") == zeros, "{context}: zero points");
                     }
                     let ints: Vec<i32> = zeros.iter().map(|z| *z as i32).collect();
-                    let id = params_id(&scales, &ints);
-                    assert_eq!(m.params_id, Some(format!("{id:016x}")));
-                    let column = batch[format!("{name}_params_id").as_str()].as_dictionary::<Int8Type>();
-                    assert_eq!(column.values().as_primitive::<UInt64Type>().values(), &[id]);
-                    assert!(column.keys().values().iter().all(|i| *i == 0));
+                    params = Some(params_id(&scales, &ints));
                 } else {
                     assert_eq!(m.scale, ParamSource::Column(format!("{name}_scale")));
                     let column = &batch[format!("{name}_scale").as_str()];
@@ -107,6 +104,16 @@ fn vectors_hold_what_the_kernels_make() {
                         None => assert_eq!(m.zero_point, ParamSource::Const(0)),
                     }
                 }
+                // Eight bits with a range a row are all that a type describes in full.
+                if name == "row" && affine.bits == 8 {
+                    assert!(m.params_id.is_none() && batch.column_by_name("row_params_id").is_none());
+                    continue;
+                }
+                let id = meta::facts_id(&spec, Some(k), params);
+                assert_eq!(m.params_id, Some(format!("{id:016x}")), "{context}");
+                let column = batch[format!("{name}_params_id").as_str()].as_dictionary::<Int8Type>();
+                assert_eq!(column.values().as_primitive::<UInt64Type>().values(), &[id], "{context}");
+                assert!(column.keys().values().iter().all(|i| *i == 0));
             }
         }
     }

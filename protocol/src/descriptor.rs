@@ -550,6 +550,11 @@ impl Values {
 pub fn params_id(scales: &[f32], zero_points: &[i32]) -> u64 {
     let bytes =
         scales.iter().flat_map(|s| s.to_le_bytes()).chain(zero_points.iter().flat_map(|z| z.to_le_bytes()));
+    fnv1a(bytes)
+}
+
+/// FNV-1a, 64 bits.
+pub(crate) fn fnv1a(bytes: impl Iterator<Item = u8>) -> u64 {
     bytes.fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 

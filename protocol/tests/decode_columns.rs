@@ -19,12 +19,12 @@ use arrow_array::{
 use arrow_buffer::{NullBuffer, OffsetBuffer};
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use half::f16;
-use shmquant_kernels::{FloatType, Granularity, Layout, Scheme};
+use shmquant_kernels::{FloatType, Granularity, Layout, OnNonFinite, Scheme};
 use shmquant_protocol::decode::{self, DecodeError};
-use shmquant_protocol::descriptor::params_id;
+use shmquant_protocol::descriptor::{Role, Spec, params_id};
 use shmquant_protocol::meta::{
-    CodesMeta, EXTENSION_METADATA_KEY, EXTENSION_NAME, EXTENSION_NAME_KEY, ParamSource, ParamsBase64,
-    encode_f32,
+    CodesMeta, Companion, EXTENSION_METADATA_KEY, EXTENSION_NAME, EXTENSION_NAME_KEY, ParamSource,
+    ParamsBase64, companions, encode_f32, facts_id,
 };
 use tables::kernels::{Quantized, quantize, wave};
 use tables::{nulls, replace, says};
@@ -44,7 +44,15 @@ fn result(q: &Quantized, valid: Option<NullBuffer>) -> (SchemaRef, RecordBatch) 
     let width = q.layout.row_bytes(q.affine.bits) as usize;
     let shared = matches!(q.layout.granularity, Granularity::Tensor | Granularity::Dimension);
     let zeros: Vec<i32> = q.zeros.iter().map(|z| *z as i32).collect();
-    let id = params_id(&q.scales, &zeros);
+    let spec = Spec {
+        affine: Some(q.affine),
+        granularity: q.layout.granularity,
+        on_nonfinite: OnNonFinite::Error,
+        packed: q.layout.packed,
+        group_size: q.layout.group as u32,
+    };
+    let marked = companions(Role::Vector, &spec).contains(&Companion::ParamsId);
+    let id = facts_id(&spec, Some(q.layout.k), shared.then(|| params_id(&q.scales, &zeros)));
     let source = |key: &str| match shared {
         true => ParamSource::Params(key.to_owned()),
         false => ParamSource::Column(format!("emb_{key}")),
@@ -62,7 +70,7 @@ fn result(q: &Quantized, valid: Option<NullBuffer>) -> (SchemaRef, RecordBatch) 
         packing: if q.layout.packed { "lsb" } else { "none" }.to_owned(),
         scale: source("scale"),
         zero_point: if q.asymmetric() { source("zero_point") } else { ParamSource::Const(0) },
-        params_id: shared.then(|| format!("{id:016x}")),
+        params_id: marked.then(|| format!("{id:016x}")),
         params_b64: shared.then(|| ParamsBase64 {
             scale: encode_f32(q.scales.iter().copied()),
             zero_point: q.asymmetric().then(|| encode_f32(q.zeros.iter().copied())),
@@ -75,11 +83,7 @@ fn result(q: &Quantized, valid: Option<NullBuffer>) -> (SchemaRef, RecordBatch) 
         false => Arc::new(UInt8Array::from(q.codes.clone())),
     };
     let mut columns = vec![("emb".to_owned(), list(codes, width, valid.clone(), rows))];
-    if shared {
-        let ids =
-            DictionaryArray::<Int8Type>::new(vec![0i8; rows].into(), Arc::new(UInt64Array::from(vec![id])));
-        columns.push(("emb_params_id".to_owned(), Arc::new(ids)));
-    } else {
+    if !shared {
         let groups = q.layout.groups_per_row() as usize;
         let grouped = q.layout.granularity == Granularity::Group;
         let scales = Float32Array::new(q.scales.clone().into(), valid.clone().filter(|_| !grouped));
@@ -96,6 +100,11 @@ fn result(q: &Quantized, valid: Option<NullBuffer>) -> (SchemaRef, RecordBatch) 
                 if grouped { list(zeros, groups, valid, rows) } else { zeros },
             ));
         }
+    }
+    if marked {
+        let ids =
+            DictionaryArray::<Int8Type>::new(vec![0i8; rows].into(), Arc::new(UInt64Array::from(vec![id])));
+        columns.push(("emb_params_id".to_owned(), Arc::new(ids)));
     }
     let ids: ArrayRef = Arc::new(Int64Array::from_iter_values(0..rows as i64));
     columns.push(("id".to_owned(), ids));
@@ -237,7 +246,11 @@ fn joined_results_with_other_ranges_are_refused() {
         assert_eq!(error.details().row, Some(4));
         says(
             Err::<(), _>(error),
-            &["column 'emb' row 4 was quantized with the parameters", "hint: dequantize each"],
+            &[
+                "column 'emb' row 4 was quantized with the parameters",
+                "tables with different specs or ranges were joined",
+                "hint: dequantize each",
+            ],
         );
         // The same ranges do join, also where the dictionary became plain.
         assert_eq!(decoded(&schema, &[one.clone(), one.clone()]).len(), 24);
@@ -262,6 +275,90 @@ fn joined_results_with_other_ranges_are_refused() {
     let joined = [one.clone(), RecordBatch::try_new(schema.clone(), two.columns().to_vec()).unwrap()];
     let (a, b) = (decoded(&schema, &[one]), decoded(&schema, &[two]));
     assert_eq!(decoded(&schema, &joined), [a, b].concat());
+}
+
+/// Rows of one Arrow type that mean different things, each as (scheme, dimension, granularity, group, packed).
+type Made = (Scheme, usize, Granularity, u64, bool);
+
+fn made((scheme, k, granularity, group, packed): Made) -> (SchemaRef, RecordBatch) {
+    result(&quantize(&wave(4 * k), scheme, vector_layout(4, k, granularity, group, packed)), None)
+}
+
+#[test]
+fn joined_results_of_other_specs_are_refused() {
+    use Granularity::{Group, Row, Tensor};
+    let pairs: [(Made, Made); 6] = [
+        ((Scheme::UInt4, 16, Group, 8, true), (Scheme::UInt4, 16, Group, 12, true)),
+        ((Scheme::Int8, 16, Group, 8, false), (Scheme::Int8, 16, Group, 10, false)),
+        ((Scheme::UInt4, 15, Row, 0, true), (Scheme::UInt4, 16, Row, 0, true)),
+        ((Scheme::UInt4, 16, Row, 0, true), (Scheme::UInt2, 32, Row, 0, true)),
+        ((Scheme::Int4, 16, Group, 8, true), (Scheme::Int2, 32, Group, 16, true)),
+        ((Scheme::UInt4, 15, Tensor, 0, true), (Scheme::UInt4, 16, Tensor, 0, true)),
+    ];
+    for (one, two) in pairs.into_iter().flat_map(|(a, b)| [(a, b), (b, a)]) {
+        let ((schema, first), (_, second)) = (made(one), made(two));
+        // Their types alone let them be joined.
+        let second = RecordBatch::try_new(schema.clone(), second.columns().to_vec()).unwrap();
+        let error = decode::table(&schema, &[first.clone(), second], None, FloatType::F32).unwrap_err();
+        assert!(matches!(error, DecodeError::Mixed(_)), "{one:?} {two:?}: {error}");
+        assert_eq!(error.details().row, Some(4));
+        says(Err::<(), _>(error), &["tables with different specs or ranges were joined"]);
+        // Two of one spec, whatever their ranges, are one table.
+        if one.2 != Tensor {
+            let (_, more) = result(
+                &quantize(&vec![0.5; 4 * one.1], one.0, vector_layout(4, one.1, one.2, one.3, one.4)),
+                None,
+            );
+            let want = [decoded(&schema, from_ref(&first)), decoded(&schema, from_ref(&more))].concat();
+            assert_eq!(decoded(&schema, &[first, more]), want);
+        }
+    }
+}
+
+#[test]
+fn tables_joined_by_the_union_of_their_columns_are_refused() {
+    use Granularity::Row;
+    // 8 codes of a byte each and 16 in 8 bytes: the first has no ids, and nothing in its metadata asks for them.
+    let ((schema, bytes), (_, nibbles)) =
+        (made((Scheme::UInt8, 8, Row, 0, false)), made((Scheme::UInt4, 16, Row, 0, true)));
+    let ids = nibbles.column_by_name("emb_params_id").unwrap().clone();
+    let wide = |batch: &RecordBatch, ids: ArrayRef| {
+        let mut fields = schema.fields().to_vec();
+        fields.push(Arc::new(Field::new("emb_params_id", ids.data_type().clone(), true)));
+        let mut columns: Vec<ArrayRef> =
+            schema.fields().iter().map(|f| batch.column_by_name(f.name()).unwrap().clone()).collect();
+        columns.push(ids);
+        RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).unwrap()
+    };
+    let (first, second) =
+        (wide(&bytes, arrow_array::new_null_array(ids.data_type(), 4)), wide(&nibbles, ids));
+    assert_eq!(decoded(&first.schema(), from_ref(&first)), decoded(&schema, &[bytes]));
+    let error = decode::table(&first.schema(), &[first.clone(), second], None, FloatType::F32).unwrap_err();
+    assert_eq!(error.details().row, Some(4));
+    says(
+        Err::<(), _>(error),
+        &["row 4 has a 'emb_params_id', of which the metadata say nothing", "different specs"],
+    );
+}
+
+#[test]
+fn renamed_codes_still_find_what_was_named_after_them() {
+    let (schema, batch) = made((Scheme::UInt4, 16, Granularity::Group, 8, true));
+    let want = decoded(&schema, from_ref(&batch));
+    let fields: Vec<Field> = schema
+        .fields()
+        .iter()
+        .map(|f| match f.name().as_str() {
+            "emb" => f.as_ref().clone().with_name("vector"),
+            _ => f.as_ref().clone(),
+        })
+        .collect();
+    let renamed = Arc::new(Schema::new(fields));
+    let batch = RecordBatch::try_new(renamed.clone(), batch.columns().to_vec()).unwrap();
+    let (out, batches) = decode::table(&renamed, &[batch], None, FloatType::F32).unwrap();
+    assert_eq!(out.fields().iter().map(|f| f.name().as_str()).collect::<Vec<_>>(), ["vector", "id"]);
+    let list = batches[0].column(0).as_any().downcast_ref::<FixedSizeListArray>().unwrap();
+    assert_eq!(list.values().as_any().downcast_ref::<Float32Array>().unwrap().values()[..], want);
 }
 
 #[test]

@@ -326,6 +326,9 @@ fn outputs_follow_the_input_and_keep() {
     let tensor = TableOptions { granularity: Some(Granularity::Dimension), ..TableOptions::default() };
     let it = table(&names, from_ref(&chunk), &tensor).unwrap();
     assert_eq!(it.outputs()[1], quantized(&["emb", "emb_params_id"]));
+    let packed = TableOptions { scheme: Scheme::UInt4, ..TableOptions::default() };
+    let it = table(&names, from_ref(&chunk), &packed).unwrap();
+    assert_eq!(it.outputs()[1], quantized(&["emb", "emb_scale", "emb_zero_point", "emb_params_id"]));
     says(
         table(&names, from_ref(&chunk), &TableOptions { keep: Some(vec!["txt".to_owned()]), ..base }),
         &["keep: there is no column 'txt'", "the table has id, emb, text"],

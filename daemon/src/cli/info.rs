@@ -162,13 +162,13 @@ fn codes(field: &Field, schema: &Schema) -> Option<Result<CodesMeta, (Option<Cod
     let Some(meta) = metadata.get(EXTENSION_METADATA_KEY).and_then(|text| CodesMeta::from_json(text)) else {
         return Some(Err((None, "its metadata are of another version".to_owned())));
     };
-    let missing = [&meta.scale, &meta.zero_point].into_iter().find_map(|source| match source {
-        ParamSource::Column(name) if schema.index_of(name).is_err() => {
-            Some(format!("column {name:?} is missing"))
-        }
-        ParamSource::Params(_) if meta.params_b64.is_none() => Some("its parameters are missing".to_owned()),
-        _ => None,
-    });
+    let embedded = matches!(meta.scale, ParamSource::Params(_));
+    let columns = meta.columns(field.name());
+    let missing = match columns.into_iter().find(|name| schema.index_of(name).is_err()) {
+        Some(name) => Some(format!("column {name:?} is missing")),
+        None if embedded && meta.params_b64.is_none() => Some("its parameters are missing".to_owned()),
+        None => None,
+    };
     Some(match missing {
         Some(why) => Err((Some(meta), why)),
         None => Ok(meta),

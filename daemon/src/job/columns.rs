@@ -10,7 +10,7 @@ use super::fault::internal;
 use super::item::Known;
 use super::outcome::Outcome;
 use super::writer::Writer;
-use crate::plan::{Column, ValuesTarget, Zeros, refuse, with_id};
+use crate::plan::{Column, ValuesTarget, Zeros, refuse, row_id, with_id};
 
 /// Writes everything of one column but its codes; embedded parameters go to `embedded`.
 pub(super) fn write(
@@ -21,18 +21,20 @@ pub(super) fn write(
     embedded: &mut HashMap<usize, Params>,
 ) -> Result<(), Failure> {
     let plan = &*job.plan;
-    let (values, _, target) =
+    let (values, spec, target) =
         plan.values(column.item).ok_or_else(|| internal("a quantized column without values"))?;
     let params = private_params(job, column.item, target, values.elements() == 0);
-    if plan.is_embedded(column.item) {
-        let params = params.ok_or_else(|| internal("the parameters were never made"))?;
-        if let Some(id) = column.params_id {
-            w.fill(id, [params.id.to_le_bytes()])?;
+    let params = match plan.is_embedded(column.item) {
+        true => Some(params.ok_or_else(|| internal("the parameters were never made"))?),
+        false => {
+            params.iter().try_for_each(|params| put_params(w, job, target, params))?;
+            None
         }
-        embedded.insert(column.item, params);
-    } else if let Some(params) = params {
-        put_params(w, job, target, &params)?;
+    };
+    if let Some(id) = column.params_id {
+        w.fill(id, [row_id(values, spec, params.as_ref()).to_le_bytes()])?;
     }
+    embedded.extend(params.map(|params| (column.item, params)));
     for id in &column.indices {
         w.buffer(*id)?.fill(0);
     }

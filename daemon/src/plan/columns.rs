@@ -7,7 +7,7 @@ use arrow_schema::{DataType, Field, Schema};
 use shmquant_kernels::{Affine, Granularity};
 use shmquant_protocol::descriptor::{Body, Descriptor, Params, Role, Spec, Values, params_id};
 use shmquant_protocol::message::{ErrorCode, Failure};
-use shmquant_protocol::meta::{self, CodesMeta, ParamSource, ParamsBase64};
+use shmquant_protocol::meta::{self, CodesMeta, Companion, ParamSource, ParamsBase64, companions, facts_id};
 
 use super::file::{BufferId, Builder, MessageId, NodeId, Place};
 use super::{Target, ValuesTarget, Zeros, kept, refuse, sizes};
@@ -59,7 +59,7 @@ pub(super) fn embedded_bytes(d: &Descriptor) -> Result<u64, Failure> {
     for item in &d.items {
         let Body::Values(values) = &item.body else { continue };
         let spec = d.spec(values);
-        if values.role == Role::Vector && is_embedded(spec) {
+        if is_embedded(values, spec) {
             let text = values.layout(spec).n_params().saturating_mul(4).div_ceil(3).saturating_mul(4);
             total = total.saturating_add(text.saturating_mul(2));
             if total > MAX_EMBEDDED {
@@ -88,9 +88,19 @@ pub(crate) fn schema(d: &Descriptor, params: &dyn Fn(usize) -> Params) -> Schema
     Schema::new_with_metadata(fields, d.metadata.clone())
 }
 
-/// Whether a vector column's parameters are in its field's metadata.
-pub(crate) fn is_embedded(spec: &Spec) -> bool {
-    matches!(spec.granularity, Granularity::Tensor | Granularity::Dimension)
+/// Whether a column's parameters are in its field's metadata.
+pub(crate) fn is_embedded(values: &Values, spec: &Spec) -> bool {
+    values.role == Role::Vector && matches!(spec.granularity, Granularity::Tensor | Granularity::Dimension)
+}
+
+/// What each row of a column's `_params_id` says.
+pub(crate) fn row_id(values: &Values, spec: &Spec, embedded: Option<&Params>) -> u64 {
+    facts_id(spec, dim(values), embedded.map(|p| p.id))
+}
+
+/// Elements of a vector; `None` for a plain column.
+fn dim(values: &Values) -> Option<u64> {
+    (values.role == Role::Vector).then_some(values.k)
 }
 
 fn quantized(
@@ -131,42 +141,40 @@ fn quantized(
         zeros: if asymmetric { Zeros::Private } else { Zeros::None },
         validity: b.validity(codes_node).filter(|_| values.null_count > 0),
     };
-    let bytes = sizes.params.saturating_mul(4);
-    let zeros = |place| if affine.signed { Zeros::I8(place) } else { Zeros::U8(place) };
-    match (values.role, spec.granularity) {
-        (Role::Plain, _) => {
-            let mut constant = |b: &mut Builder, bytes| {
-                nullable(b);
-                column.indices.push(b.buffer(m, rows));
-                let dictionary = b.dictionary(1);
-                b.node(dictionary, 1, 0, 0);
-                Place::start(b.buffer(dictionary, bytes))
-            };
-            target.scales = Some(constant(b, 4));
-            target.zeros = zeros(constant(b, 1));
-        }
-        (_, Granularity::Row | Granularity::Group) => {
-            let mut per_row = |b: &mut Builder, bytes| {
-                nullable(b);
-                if spec.granularity == Granularity::Group {
-                    b.node(m, sizes.params, 0, 0);
-                }
-                Place::start(b.buffer(m, bytes))
-            };
-            target.scales = Some(per_row(b, bytes));
-            if asymmetric {
-                target.zeros = zeros(per_row(b, sizes.params));
-            }
-        }
-        (_, Granularity::Tensor | Granularity::Dimension) => {
-            b.node(m, rows, 0, 0);
+    for companion in companions(values.role, spec) {
+        let size = match companion {
+            Companion::Scale => 4,
+            Companion::ZeroPoint => 1,
+            Companion::ParamsId => 8,
+        };
+        match companion {
+            Companion::ParamsId => b.node(m, rows, 0, 0),
+            _ => nullable(b),
+        };
+        let place = if *companion == Companion::ParamsId || values.role == Role::Plain {
             column.indices.push(b.buffer(m, rows));
-            let dictionary = b.dictionary(1);
-            b.node(dictionary, 1, 0, 0);
-            column.params_id = Some(b.buffer(dictionary, 8));
+            constant(b, size)
+        } else {
+            if spec.granularity == Granularity::Group {
+                b.node(m, sizes.params, 0, 0);
+            }
+            b.buffer(m, sizes.params.saturating_mul(size))
+        };
+        match companion {
+            Companion::Scale => target.scales = Some(Place::start(place)),
+            Companion::ZeroPoint if affine.signed => target.zeros = Zeros::I8(Place::start(place)),
+            Companion::ZeroPoint => target.zeros = Zeros::U8(Place::start(place)),
+            Companion::ParamsId => column.params_id = Some(place),
         }
     }
     Ok(target)
+}
+
+/// A dictionary of one value of `bytes`.
+fn constant(b: &mut Builder, bytes: u64) -> BufferId {
+    let dictionary = b.dictionary(1);
+    b.node(dictionary, 1, 0, 0);
+    b.buffer(dictionary, bytes)
 }
 
 fn quantized_fields(
@@ -181,33 +189,30 @@ fn quantized_fields(
     let packed = spec.packed && affine.bits < 8;
     // Bytes that hold several codes have no sign.
     let code = if affine.signed && !packed { DataType::Int8 } else { DataType::UInt8 };
-    let zero = if affine.signed { DataType::Int8 } else { DataType::UInt8 };
-    let scale_name = format!("{name}{}", meta::SCALE_SUFFIX);
-    let zero_name = format!("{name}{}", meta::ZERO_POINT_SUFFIX);
-    let embedded = values.role == Role::Vector && is_embedded(spec);
     let codes = match values.role {
         Role::Vector => list(code, layout.row_bytes(affine.bits)),
         _ => code,
     };
-    let text = codes_meta(name, values, spec, affine, embedded.then(params).as_ref()).to_json();
+    let text =
+        codes_meta(name, values, spec, affine, is_embedded(values, spec).then(params).as_ref()).to_json();
     out.push(Field::new(name, codes, true).with_metadata([
         (meta::EXTENSION_NAME_KEY.to_owned(), meta::EXTENSION_NAME.to_owned()),
         (meta::EXTENSION_METADATA_KEY.to_owned(), text),
     ]));
     let constant = |values| DataType::Dictionary(Box::new(DataType::Int8), Box::new(values));
-    if embedded {
-        let id_name = format!("{name}{}", meta::PARAMS_ID_SUFFIX);
-        out.push(Field::new(id_name, constant(DataType::UInt64), true));
-        return;
-    }
-    let each = |data_type: DataType| match (values.role, spec.granularity) {
+    let ranges = |data_type: DataType| match (values.role, spec.granularity) {
         (Role::Plain, _) => constant(data_type),
         (_, Granularity::Group) => list(data_type, layout.groups_per_row()),
         _ => data_type,
     };
-    out.push(Field::new(scale_name, each(DataType::Float32), true));
-    if values.role == Role::Plain || is_asymmetric(affine) {
-        out.push(Field::new(zero_name, each(zero), true));
+    for companion in companions(values.role, spec) {
+        let data_type = match companion {
+            Companion::Scale => ranges(DataType::Float32),
+            Companion::ZeroPoint if affine.signed => ranges(DataType::Int8),
+            Companion::ZeroPoint => ranges(DataType::UInt8),
+            Companion::ParamsId => constant(DataType::UInt64),
+        };
+        out.push(Field::new(companion.of(name), data_type, true));
     }
 }
 
@@ -219,9 +224,10 @@ fn codes_meta(
     params: Option<&Params>,
 ) -> CodesMeta {
     let asymmetric = is_asymmetric(affine);
-    let source = |key: &str, suffix| match params {
+    let beside = companions(values.role, spec);
+    let source = |key: &str, companion: Companion| match params {
         Some(_) => ParamSource::Params(key.to_owned()),
-        None => ParamSource::Column(format!("{name}{suffix}")),
+        None => ParamSource::Column(companion.of(name)),
     };
     CodesMeta {
         v: 1,
@@ -229,17 +235,19 @@ fn codes_meta(
         kind: "affine".to_owned(),
         mapping: affine.mapping.to_string(),
         granularity: spec.granularity.to_string(),
-        dim: (values.role == Role::Vector).then_some(values.k),
+        dim: dim(values),
         group_size: (spec.group_size > 0).then_some(u64::from(spec.group_size)),
         qmin: affine.qmin,
         qmax: affine.qmax,
-        packing: super::packing(spec).to_owned(),
-        scale: source("scale", meta::SCALE_SUFFIX),
-        zero_point: match asymmetric || values.role == Role::Plain {
-            true => source("zero_point", meta::ZERO_POINT_SUFFIX),
+        packing: meta::packing(spec).to_owned(),
+        scale: source("scale", Companion::Scale),
+        zero_point: match asymmetric || beside.contains(&Companion::ZeroPoint) {
+            true => source("zero_point", Companion::ZeroPoint),
             false => ParamSource::Const(0),
         },
-        params_id: params.map(|p| format!("{:016x}", p.id)),
+        params_id: beside
+            .contains(&Companion::ParamsId)
+            .then(|| format!("{:016x}", row_id(values, spec, params))),
         params_b64: params.map(|p| ParamsBase64 {
             scale: meta::encode_f32(p.scales.iter().copied()),
             zero_point: asymmetric.then(|| meta::encode_f32(p.zero_points.iter().map(|z| *z as f32))),
@@ -264,20 +272,9 @@ fn list(values: DataType, n: u64) -> DataType {
     DataType::FixedSizeList(Arc::new(Field::new("item", values, true)), i32::try_from(n).unwrap_or(i32::MAX))
 }
 
-/// What the names of a quantized column's further result columns end in.
-fn suffixes(values: &Values, spec: &Spec) -> &'static [&'static str] {
-    let asymmetric = spec.affine.is_some_and(|a| is_asymmetric(&a));
-    match (values.role, is_embedded(spec), asymmetric) {
-        // A constant zero point costs a byte a row, and every plain column then reads the same way.
-        (Role::Plain, _, _) | (_, false, true) => &[meta::SCALE_SUFFIX, meta::ZERO_POINT_SUFFIX],
-        (_, true, _) => &[meta::PARAMS_ID_SUFFIX],
-        (_, false, false) => &[meta::SCALE_SUFFIX],
-    }
-}
-
 /// How many result columns a quantized column has.
 pub(super) fn width(values: &Values, spec: &Spec) -> usize {
-    1 + suffixes(values, spec).len()
+    1 + companions(values.role, spec).len()
 }
 
 /// A name that the result adds must not be one that the table has.
@@ -285,8 +282,8 @@ fn check_names(d: &Descriptor) -> Result<(), Failure> {
     let names: HashSet<&str> = d.items.iter().map(|i| i.name.as_str()).collect();
     for item in &d.items {
         let Body::Values(values) = &item.body else { continue };
-        for suffix in suffixes(values, d.spec(values)) {
-            let added = format!("{}{suffix}", item.name);
+        for companion in companions(values.role, d.spec(values)) {
+            let added = companion.of(&item.name);
             if names.contains(added.as_str()) {
                 let what = format!("the column {added:?} is in the way of its parameters");
                 let mut failure = refuse(ErrorCode::InvalidInput, &item.name, &what);

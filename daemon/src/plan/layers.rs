@@ -7,10 +7,11 @@ use arrow_schema::{DataType, Field, Fields, Schema};
 use shmquant_kernels::{Affine, FloatType, OnNonFinite};
 use shmquant_protocol::descriptor::{Body, Descriptor, Spec, TableKind, Values};
 use shmquant_protocol::message::{ErrorCode, Failure};
+use shmquant_protocol::meta;
 
 use super::columns::is_asymmetric;
 use super::file::{BufferId, Builder, MessageId, NodeId, Place};
-use super::{Target, ValuesTarget, Zeros, packing, refuse, sizes};
+use super::{Target, ValuesTarget, Zeros, refuse, sizes};
 
 /// The numbers of the `metrics` struct.
 pub(crate) const METRICS: [&str; 6] =
@@ -191,7 +192,7 @@ pub(crate) fn axes(values: &Values) -> usize {
 /// The words of a layer's `scheme`, `src_dtype` and `packing`.
 pub(crate) fn words(values: &Values, spec: &Spec) -> [&'static str; 3] {
     let scheme = spec.affine.map_or(values.dtype.name(), |a| a.scheme.name());
-    [scheme, values.dtype.name(), packing(spec)]
+    [scheme, values.dtype.name(), meta::packing(spec)]
 }
 
 /// Bits of a code, or of a value of a layer that stays as it is.

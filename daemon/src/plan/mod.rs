@@ -19,7 +19,7 @@ use shmquant_protocol::descriptor::{Body, Descriptor, Params, Role, Spec, TableK
 use shmquant_protocol::message::{ErrorCode, Failure};
 
 pub use cache::Plans;
-pub(crate) use columns::{Column, is_asymmetric, with_id};
+pub(crate) use columns::{Column, is_asymmetric, row_id, with_id};
 pub(crate) use file::{BufferId, File, NodeId, Place};
 pub(crate) use ipc::{END, MAGIC};
 pub(crate) use layers::{Batch, Binary, FLOAT_METRICS, List, Words, axes, bit_width, error_cap, words};
@@ -262,15 +262,7 @@ impl Plan {
 
     /// Whether an item's parameters are in its field's metadata.
     pub(crate) fn is_embedded(&self, item: usize) -> bool {
-        self.values(item).is_some_and(|(v, spec, _)| v.role == Role::Vector && columns::is_embedded(spec))
-    }
-}
-
-/// The word for how codes lie in bytes.
-pub(crate) fn packing(spec: &Spec) -> &'static str {
-    match spec.affine {
-        Some(affine) if spec.packed && affine.bits < 8 => "lsb",
-        _ => "none",
+        self.values(item).is_some_and(|(values, spec, _)| columns::is_embedded(values, spec))
     }
 }
 

@@ -5,12 +5,13 @@ use arrow_array::types::{Float16Type, Float32Type, Float64Type, UInt64Type};
 use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_buffer::{Buffer, NullBuffer};
 use arrow_schema::{DataType, Field, Schema};
-use shmquant_kernels::{Affine, Granularity, Layout, Mapping, Scheme};
+use shmquant_kernels::{Affine, Granularity, Layout, Mapping, OnNonFinite, Scheme};
 
 use super::DecodeError;
+use crate::descriptor::{Role, Spec};
 use crate::meta::{
-    CodesMeta, EXTENSION_METADATA_KEY, EXTENSION_NAME, EXTENSION_NAME_KEY, PARAMS_ID_SUFFIX, ParamSource,
-    decode_f32,
+    CodesMeta, Companion, EXTENSION_METADATA_KEY, EXTENSION_NAME, EXTENSION_NAME_KEY, ParamSource,
+    companions, decode_f32,
 };
 use crate::table::Details;
 use crate::table::stream::Starts;
@@ -119,8 +120,14 @@ pub(super) struct Codec {
     packed: bool,
     scale: ParamSource,
     zero_point: ParamSource,
-    /// Scales and zero points that all rows share, and their identity.
+    /// Scales and zero points that all rows share.
     pub(super) shared: Option<Shared>,
+    /// Columns that only serve to decode this one.
+    pub(super) own_columns: Vec<String>,
+    /// The column that says how each row was made, and what it must say.
+    id: Option<(String, u64)>,
+    /// Columns that rows of other specs have.
+    foreign: Vec<String>,
 }
 
 /// Parameters of a tensor or of dimensions.
@@ -128,7 +135,6 @@ pub(super) struct Codec {
 pub(super) struct Shared {
     pub(super) scales: Vec<f32>,
     pub(super) zero_points: Vec<i32>,
-    id: u64,
 }
 
 impl Codec {
@@ -162,7 +168,20 @@ impl Codec {
         if (granularity == Granularity::Group) != (group > 0) {
             return Err(fail(format!("granularity {granularity} with a group_size of {group}")));
         }
+        let role = if meta.dim.is_some() { Role::Vector } else { Role::Plain };
+        let group_size = u32::try_from(group).map_err(|_| fail(format!("a group_size of {group}")))?;
+        let on_nonfinite = OnNonFinite::Error;
+        let spec = Spec { affine: Some(affine), granularity, on_nonfinite, packed, group_size };
+        let beside = companions(role, &spec);
+        let id = match beside.contains(&Companion::ParamsId) {
+            true => Some((meta.companion(Companion::ParamsId, name), params_id(&meta).map_err(fail)?)),
+            false => None,
+        };
+        let foreign = Companion::ALL.into_iter().filter(|c| !beside.contains(c));
         Ok(Some(Self {
+            foreign: foreign.map(|c| meta.companion(c, name)).collect(),
+            own_columns: meta.columns(name),
+            id,
             name: name.clone(),
             affine,
             granularity,
@@ -173,24 +192,6 @@ impl Codec {
             zero_point: meta.zero_point,
             shared,
         }))
-    }
-
-    /// Columns that only serve to decode this one.
-    pub(super) fn own_columns(&self) -> Vec<String> {
-        let mut names = Vec::new();
-        for source in [&self.scale, &self.zero_point] {
-            if let ParamSource::Column(name) = source {
-                names.push(name.clone());
-            }
-        }
-        if self.shared.is_some() {
-            names.push(self.id_column());
-        }
-        names
-    }
-
-    fn id_column(&self) -> String {
-        format!("{}{PARAMS_ID_SUFFIX}", self.name)
     }
 
     pub(super) fn layout(&self, rows: usize) -> Layout {
@@ -213,8 +214,11 @@ impl Codec {
         nulls: Option<&NullBuffer>,
         base: usize,
     ) -> Result<(Vec<f32>, Vec<i32>), DecodeError> {
+        if let Some((name, id)) = &self.id {
+            self.check_ids(batch, name, *id, nulls, base)?;
+        }
+        self.check_foreign(batch, nulls, base)?;
         if let Some(shared) = &self.shared {
-            self.check_ids(batch, shared.id, nulls, base)?;
             return Ok((shared.scales.clone(), shared.zero_points.clone()));
         }
         let ParamSource::Column(name) = &self.scale else {
@@ -319,19 +323,19 @@ impl Codec {
         Err(DecodeError::column(name, what))
     }
 
-    /// Joined tables keep the metadata of the first one only: each row says which parameters it was made with.
+    /// Joined tables keep the metadata of the first one only: each row says how it was made.
     fn check_ids(
         &self,
         batch: &RecordBatch,
+        name: &str,
         want: u64,
         nulls: Option<&NullBuffer>,
         base: usize,
     ) -> Result<(), DecodeError> {
-        let name = self.id_column();
-        let array = self.find(batch, &name)?;
+        let array = self.find(batch, name)?;
         let Some(ids) = ids(array) else {
             let what = format!("column '{name}' has type {}, uint64 is needed", array.data_type());
-            return Err(DecodeError::column(&name, what));
+            return Err(DecodeError::column(name, what));
         };
         for (row, id) in ids.iter().enumerate() {
             if *id == Some(want) || nulls.is_some_and(|n| n.is_null(row)) {
@@ -340,25 +344,55 @@ impl Codec {
             let row = base + row;
             let its = id.map_or("unknown parameters".to_owned(), |id| format!("the parameters {id:016x}"));
             let what = format!(
-                "column '{}' row {row} was quantized with {its}, the metadata hold {want:016x}: tables with different \
-                 ranges were joined",
+                "column '{}' row {row} was quantized with {its}, the metadata hold {want:016x}",
                 self.name
             );
-            let details = Details::new(what).in_column(&self.name).at(row, None);
-            let hint = "dequantize each table before joining them, or quantize all with the same params=";
-            return Err(DecodeError::Mixed(Box::new(details.hint(hint))));
+            return Err(self.mixed(&what, row));
         }
         Ok(())
     }
+
+    /// Tables joined by the union of their columns: what the first one's rows do not have, others of its rows may.
+    fn check_foreign(
+        &self,
+        batch: &RecordBatch,
+        nulls: Option<&NullBuffer>,
+        base: usize,
+    ) -> Result<(), DecodeError> {
+        for name in &self.foreign {
+            let Some(array) = batch.column_by_name(name) else { continue };
+            let has = |row: &usize| array.is_valid(*row) && nulls.is_none_or(|n| n.is_valid(*row));
+            if let Some(row) = (0..array.len()).find(has) {
+                let row = base + row;
+                let what = format!(
+                    "column '{}' row {row} has a '{name}', of which the metadata say nothing",
+                    self.name
+                );
+                return Err(self.mixed(&what, row));
+            }
+        }
+        Ok(())
+    }
+
+    fn mixed(&self, what: &str, row: usize) -> DecodeError {
+        let what = format!("{what}: tables with different specs or ranges were joined");
+        let details = Details::new(what).in_column(&self.name).at(row, None);
+        let hint = "dequantize each table before joining them, or quantize all alike (with the same params=, if any)";
+        DecodeError::Mixed(Box::new(details.hint(hint)))
+    }
+}
+
+fn params_id(meta: &CodesMeta) -> Result<u64, String> {
+    let id = meta.params_id.as_deref().and_then(|id| u64::from_str_radix(id, 16).ok());
+    id.ok_or_else(|| "its metadata hold no params_id".to_owned())
 }
 
 fn shared(meta: &CodesMeta) -> Result<Option<Shared>, String> {
     let ParamSource::Params(_) = &meta.scale else { return Ok(None) };
-    let id = meta.params_id.as_deref().and_then(|id| u64::from_str_radix(id, 16).ok());
     let texts = meta.params_b64.as_ref();
     let scales = texts.and_then(|t| decode_f32(&t.scale));
     let zeros = texts.and_then(|t| t.zero_point.as_deref()).map(decode_f32);
-    let (Some(id), Some(scales), None | Some(Some(_))) = (id, scales, &zeros) else {
+    let (Some(scales), None | Some(Some(_))) = (scales, &zeros) else {
         return Err("its metadata hold damaged parameters".to_owned());
     };
     let zero_points: Vec<i32> = match (&meta.zero_point, zeros.flatten()) {
@@ -367,7 +401,7 @@ fn shared(meta: &CodesMeta) -> Result<Option<Shared>, String> {
         (ParamSource::Const(z), _) => vec![*z; scales.len()],
         _ => return Err("its metadata hold no zero points".to_owned()),
     };
-    Ok(Some(Shared { scales, zero_points, id }))
+    Ok(Some(Shared { scales, zero_points }))
 }
 
 /// Floats of any width as f32, which is what they were.

@@ -25,7 +25,7 @@ pub(super) fn table(
     let float = arrow_type(dtype).unwrap_or(DataType::Float32);
     let mut codecs = all(schema)?;
     select(schema, &mut codecs, names)?;
-    let used: HashSet<String> = codecs.iter().flatten().flat_map(Codec::own_columns).collect();
+    let used: HashSet<String> = codecs.iter().flatten().flat_map(|c| c.own_columns.clone()).collect();
     let mut fields = Vec::new();
     let mut columns = Vec::new();
     for (index, (field, codec)) in schema.fields().iter().zip(&codecs).enumerate() {

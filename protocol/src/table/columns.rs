@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use arrow_array::{ArrayRef, RecordBatch};
 use arrow_schema::{DataType, Field, Schema};
-use shmquant_kernels::{FloatType, Granularity, Mapping};
+use shmquant_kernels::{FloatType, Granularity};
 
 use super::error::{Details, InputError};
 use super::options::TableOptions;
@@ -12,7 +12,7 @@ use super::spec::Specs;
 use super::vectors::{Column, element_type, float_type};
 use super::{MAX_ELEMENTS, Output, Parts, Streams, given_params, kept};
 use crate::descriptor::{Body, Item, Role, Spec, TableKind, Values};
-use crate::meta::{PARAMS_ID_SUFFIX, SCALE_SUFFIX, ZERO_POINT_SUFFIX};
+use crate::meta::{Companion, companions};
 
 /// What a column could be.
 enum Kind {
@@ -225,21 +225,13 @@ impl<'a> Names<'a> {
 
     /// The result columns of a quantized column.
     fn results(&self, name: &str, role: Role, spec: &Spec) -> Result<Vec<String>, InputError> {
-        let asymmetric = spec.affine.is_some_and(|a| a.mapping == Mapping::Asymmetric);
-        let shared = matches!(spec.granularity, Granularity::Tensor | Granularity::Dimension);
-        let suffixes: &[&str] = match (role, shared, asymmetric) {
-            (Role::Plain, _, _) | (_, false, true) => &[SCALE_SUFFIX, ZERO_POINT_SUFFIX],
-            (_, false, false) => &[SCALE_SUFFIX],
-            (_, true, _) => &[PARAMS_ID_SUFFIX],
-        };
         if self.taken.get(name).is_some_and(|n| *n > 1) {
             let what = format!("column '{name}' occurs more than once");
             return Err(InputError::Column(Box::new(
                 InputError::column(name, what).hint("rename one of them"),
             )));
         }
-        for suffix in [SCALE_SUFFIX, ZERO_POINT_SUFFIX, PARAMS_ID_SUFFIX] {
-            let result = format!("{name}{suffix}");
+        for result in Companion::ALL.map(|c| c.of(name)) {
             if self.taken.contains_key(result.as_str()) {
                 let what = format!("column '{result}' is in the way of the parameters of '{name}'");
                 let details = InputError::column(&result, what);
@@ -249,7 +241,7 @@ impl<'a> Names<'a> {
             }
         }
         let mut names = vec![name.to_owned()];
-        names.extend(suffixes.iter().map(|suffix| format!("{name}{suffix}")));
+        names.extend(companions(role, spec).iter().map(|c| c.of(name)));
         Ok(names)
     }
 }
