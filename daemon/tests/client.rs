@@ -6,10 +6,11 @@ mod layers;
 
 use std::collections::HashSet;
 use std::io::Cursor;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arrow_array::cast::AsArray;
 use arrow_ipc::reader::FileReader;
@@ -172,6 +173,28 @@ impl Source for Counting {
 }
 
 #[test]
+fn holds_go_back_though_the_request_that_took_them_along_was_never_sent() {
+    let daemon = daemon(config());
+    let session = session(&daemon);
+    let failing = Counting::new(&[5000], |_| panic!("a source that fails"));
+    for _ in 0..20 {
+        drop(session.quantize(&Layers::new(&[5000]), &Options::default()).unwrap());
+        // At once, so that this request takes the hold along and not the next tick.
+        let failed = catch_unwind(AssertUnwindSafe(|| session.quantize(&failing, &Options::default())));
+        assert!(failed.is_err());
+    }
+    let started = Instant::now();
+    loop {
+        let stat: serde_json::Value = serde_json::from_str(&session.stat().unwrap()).unwrap();
+        if stat["leases"] == 0 {
+            break;
+        }
+        assert!(started.elapsed() < Duration::from_secs(30), "{stat}");
+        std::thread::park_timeout(Duration::from_millis(1));
+    }
+}
+
+#[test]
 fn an_interrupted_call_ends_and_the_session_goes_on() {
     let daemon = daemon(config());
     let session = session(&daemon);
@@ -182,7 +205,7 @@ fn an_interrupted_call_ends_and_the_session_goes_on() {
         Counting::new(&[1 << 29], move |n| {
             if n >= 6 {
                 begun.store(true, Ordering::SeqCst);
-                std::thread::yield_now();
+                std::thread::park_timeout(Duration::from_micros(200));
             }
         })
     };
@@ -294,7 +317,7 @@ fn a_result_outlives_the_daemon_and_the_session_finds_the_next_one() {
         })
     };
     while !stopping.load(Ordering::SeqCst) {
-        std::thread::yield_now();
+        std::thread::park_timeout(Duration::from_micros(200));
     }
     first.stop();
     let error = running.join().unwrap().unwrap_err();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::clock::Clock;
 use super::error::ClientError;
 use super::held::Held;
-use super::leases::Origin;
+use super::leases::{Along, Origin};
 use super::primary::Reply;
 use super::session::Link;
 use super::{Session, stream};
@@ -122,8 +122,7 @@ fn alloc(
 ) -> Result<(Lease, Vec<std::os::fd::OwnedFd>), ClientError> {
     let mut borrowed = link.lanes().take(link, 0, clock)?;
     let Some(lane) = borrowed.start() else { return Err(ClientError::Closed) };
-    let mut releases = Vec::new();
-    link.leases().take(&mut releases, MAX_RELEASES);
+    let releases = Along::take(link.leases(), MAX_RELEASES);
     let message = Message::Allocate { bytes, purpose, timeout: clock.milliseconds() };
     let outcome = stream::ask(&mut lane.wire, link.primary(), releases, &message, clock);
     let fds = std::mem::take(&mut lane.wire.fds);

@@ -14,7 +14,7 @@ use super::ranges::Ranges;
 use super::returns::{Return, ReturnQueue};
 use crate::descriptor::{Body, Descriptor, Item, Place};
 use crate::failpoint::failpoint;
-use crate::message::{Lease, Release};
+use crate::message::{Lease, Message, Release};
 use crate::segment::{Backing, Kind, Mapping, fd_refused};
 
 /// The leases of one session.
@@ -253,9 +253,10 @@ impl Leases {
         descriptor.items.iter().enumerate().filter_map(place).collect()
     }
 
-    /// Puts back what could not be sent.
+    /// Puts back what could not be sent, for the housekeeping thread's next tick.
     pub(super) fn untake(&self, list: Vec<Release>) {
         lock(&self.backlog).extend(list);
+        self.wake();
     }
 
     /// Holds that live, the returned but not yet taken ones included.
@@ -330,7 +331,86 @@ impl Leases {
     }
 }
 
+/// Returned holds that a request takes along. Whatever becomes of it before it is sent, a panic of its source included, those
+/// that are still here go back.
+pub(super) struct Along<'a> {
+    leases: &'a Leases,
+    list: Vec<Release>,
+}
+
+impl<'a> Along<'a> {
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// Takes up to `most`.
+    pub(super) fn take(leases: &'a Leases, most: usize) -> Self {
+        let mut list = Vec::new();
+        leases.take(&mut list, most);
+        Self { leases, list }
+    }
+
+    /// Sends a message with them in it; those of one that could not be sent go back.
+    pub(super) fn send(
+        mut self,
+        message: impl FnOnce(Vec<Release>) -> Message,
+        send: impl FnOnce(&Message) -> Result<(), ClientError>,
+    ) -> Result<(), ClientError> {
+        let message = message(std::mem::take(&mut self.list));
+        let sent = send(&message);
+        if sent.is_err() {
+            self.list = match message {
+                Message::Quantize(quantize) => quantize.releases,
+                Message::Release(list) => list,
+                _ => Vec::new(),
+            };
+        }
+        sent
+    }
+}
+
+impl Drop for Along<'_> {
+    fn drop(&mut self) {
+        if !self.list.is_empty() {
+            self.leases.untake(std::mem::take(&mut self.list));
+        }
+    }
+}
+
 /// A lock whose holders never leave it half-changed.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_sleeps_over_what_is_still_to_be_sent() {
+        let leases = Leases::new(Backing::Memfd, 1).unwrap();
+        assert!(leases.may_sleep());
+        leases.asleep.store(false, Ordering::SeqCst);
+        let list: Vec<_> = (0..3).map(|segment| Release { segment, generation: 1, tainted: false }).collect();
+        leases.untake(list.clone());
+        assert!(!leases.may_sleep() && !leases.asleep.load(Ordering::SeqCst));
+        // Who sleeps already is woken.
+        assert_eq!(leases.wake_fd().read(), Ok(1));
+        // A request takes some along; the rest still keeps it awake, and so do these when it is not sent.
+        let along = Along::take(&leases, 2);
+        assert_eq!(along.list, list[..2]);
+        assert!(!leases.may_sleep());
+        drop(along);
+        assert_eq!(leases.wake_fd().read(), Ok(1));
+        let refused = Along::take(&leases, 3).send(Message::Release, |_| Err(ClientError::Closed));
+        assert!(refused.is_err() && !leases.may_sleep());
+        let mut sent = None;
+        let told = Along::take(&leases, 3).send(Message::Release, |message| {
+            sent = Some(message.clone());
+            Ok(())
+        });
+        assert!(told.is_ok() && leases.may_sleep());
+        assert!(matches!(sent, Some(Message::Release(list)) if list.len() == 3));
+    }
 }

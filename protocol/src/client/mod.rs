@@ -42,7 +42,7 @@ use crate::message::{Extent, Listing, MAX_RELEASES, Message, Naming, Target, Wel
 use crate::segment::{Kind, Mapping};
 use clock::Clock;
 use fork::{PerProcess, Process};
-use leases::Origin;
+use leases::{Along, Origin};
 use primary::Reply;
 use session::{Link, Slot};
 use stream::Request;
@@ -139,8 +139,7 @@ impl Session {
         let mut borrowed = link.lanes().take(&link, bytes * 4, &mut clock)?;
         let Some(lane) = borrowed.start() else { return Err(ClientError::Closed) };
         lane.scratch = descriptor;
-        let mut releases = Vec::new();
-        link.leases().take(&mut releases, MAX_RELEASES);
+        let releases = Along::take(link.leases(), MAX_RELEASES);
         let request = Request {
             source,
             descriptor: asked,

@@ -7,6 +7,7 @@ use super::copying::Helpers;
 use super::error::ClientError;
 use super::filling::Filling;
 use super::lane::{Event, Lane, Wire};
+use super::leases::Along;
 use super::polling::{Polling, Turn};
 use super::primary::Primary;
 use super::report::{ITEM_BYTES, ItemReport};
@@ -16,7 +17,7 @@ use super::window::Window;
 use crate::chunks::ChunkList;
 use crate::descriptor::Descriptor;
 use crate::failpoint::failpoint;
-use crate::message::{ErrorCode, Failure, Lease, Message, Naming, Quantize, Release};
+use crate::message::{ErrorCode, Failure, Lease, Message, Naming, Quantize};
 
 /// Up to here all values are written before the request is sent, which makes it one round trip.
 const SMALL: u64 = 1 << 20;
@@ -35,7 +36,7 @@ pub(super) struct Request<'a> {
     /// The source's, with the places of values that do not cross.
     pub(super) descriptor: &'a Descriptor,
     pub(super) naming: Option<Naming>,
-    pub(super) releases: Vec<Release>,
+    pub(super) releases: Along<'a>,
     pub(super) progress: Option<&'a Progress<'a>>,
     pub(super) helpers: &'a Helpers,
     /// For `CANCEL` when all is written.
@@ -80,8 +81,14 @@ pub(super) fn run(
     let shared = request.descriptor.places().map(|(_, values, _)| values.bytes()).sum();
     let Request { source, descriptor: _, naming, releases, progress, helpers, primary, polling } = request;
     let timeout = clock.milliseconds();
-    let quantize =
-        |ready| Message::Quantize(Quantize { descriptor: bytes, ready, timeout, named: naming, releases });
+    let ask = move |wire: &mut Wire, ready, clock: &mut Clock<'_>| -> Result<(), ClientError> {
+        let message = |releases| {
+            Message::Quantize(Quantize { descriptor: bytes, ready, timeout, named: naming, releases })
+        };
+        releases.send(message, |message| wire.send(message, clock))?;
+        failpoint("client.quantize_sent");
+        Ok(())
+    };
     let total = bytes_of(&list, 0, list.chunks.len());
     let mut stream = Stream { list: &list, total, shared, done: 0, progress, primary, cancelled: None };
     let Lane { wire, window, .. } = lane;
@@ -90,15 +97,13 @@ pub(super) fn run(
     let message = if list.resident && total <= SMALL {
         let filling = Filling::new(&list, source, window)?;
         while filling.step() {}
-        wire.send(&quantize(chunks), clock)?;
-        failpoint("client.quantize_sent");
+        ask(wire, chunks, clock)?;
         stream.wrote(total);
         let turn = polling.take();
         stream.answer(wire, turn.as_ref().map_or(Duration::ZERO, Turn::length), clock)?
     } else {
         // Before any value is copied: the daemon plans and makes room meanwhile.
-        wire.send(&quantize(0), clock)?;
-        failpoint("client.quantize_sent");
+        ask(wire, 0, clock)?;
         let filling = Filling::new(&list, source, window)?;
         let mut main = || {
             // On every way out, a panic included: helpers must not wait for ever.
@@ -269,12 +274,12 @@ impl Stream<'_> {
 pub(super) fn ask(
     wire: &mut Wire,
     primary: &Primary,
-    releases: Vec<Release>,
+    releases: Along<'_>,
     message: &Message,
     clock: &mut Clock<'_>,
 ) -> Result<Result<Message, ClientError>, ClientError> {
     if !releases.is_empty() {
-        wire.tell(&Message::Release(releases), clock)?;
+        releases.send(Message::Release, |message| wire.tell(message, clock))?;
     }
     wire.begin();
     wire.send(message, clock)?;
