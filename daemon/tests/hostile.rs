@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use arrow_schema::{DataType, Field};
 use proptest::prelude::*;
-use raw::{Client, Lane, Raw, daemon, layer, released};
+use raw::{Client, Lane, Raw, daemon, layer, pause, released};
 use shmquant_daemon::Daemon;
 use shmquant_protocol::chunks::{ChunkList, MIN_WINDOW};
 use shmquant_protocol::descriptor::{Body, Descriptor, Item, TableKind};
@@ -343,7 +343,7 @@ fn who_does_not_read_is_disconnected() {
     let ping = frame(&Message::Stat);
     loop {
         match client.raw.connection.send(&ping, &[]) {
-            Ok(()) | Err(SocketError::PeerNotReading) => std::thread::yield_now(),
+            Ok(()) | Err(SocketError::PeerNotReading) => pause(),
             Err(SocketError::Closed) => break,
             Err(other) => panic!("{other:?}"),
         }

@@ -11,7 +11,7 @@ mod raw;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use raw::{Client, Lane, Raw, Table, daemon, layer, released, rows_of, table};
+use raw::{Client, Lane, Raw, Table, daemon, layer, pause, released, rows_of, table};
 use shmquant_daemon::Daemon;
 use shmquant_kernels::{Granularity, Scheme};
 use shmquant_protocol::chunks::MIN_WINDOW;
@@ -40,6 +40,12 @@ impl Random {
 /// Bytes of this process that are in memory, the daemon's included. Pages shared with segments do not count: they
 /// are in the daemon's own numbers.
 fn private_bytes() -> u64 {
+    // What the allocator keeps of freed memory differs from run to run by more than a leak would be.
+    #[cfg(target_env = "gnu")]
+    // SAFETY: gives pages of free memory back to the kernel and touches nothing that is in use.
+    unsafe {
+        libc::malloc_trim(0);
+    }
     let text = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = text.lines().find_map(|l| l.strip_prefix("RssAnon:")).unwrap();
     line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
@@ -187,7 +193,7 @@ fn quantize_scribbled(daemon: &Daemon, table: &Table, times: u64, seed: u64) -> 
             }
             // Nobody must be able to say that the window was left in peace.
             while wrote.load(Ordering::Relaxed) < 50 {
-                std::thread::yield_now();
+                pause();
             }
             drop(ending);
             scribbler.join().unwrap();
@@ -323,7 +329,7 @@ fn the_silent_and_the_deaf() {
             .encode(1, &mut frame);
         loop {
             match deaf.raw.connection.send(&frame, &[]) {
-                Ok(()) | Err(SocketError::PeerNotReading) => std::thread::yield_now(),
+                Ok(()) | Err(SocketError::PeerNotReading) => pause(),
                 Err(SocketError::Closed) => break,
                 Err(other) => panic!("{other:?}"),
             }

@@ -84,6 +84,11 @@ impl Raw {
     }
 }
 
+/// Between two looks. (Yielding instead starves others for seconds on some kernels when many tests do it at a time.)
+pub(crate) fn pause() {
+    std::thread::park_timeout(Duration::from_micros(200));
+}
+
 /// A session with its primary.
 pub(crate) struct Client {
     pub raw: Raw,
@@ -134,7 +139,7 @@ impl Client {
                 return stat;
             }
             assert!(Instant::now() < until, "never as wanted: {stat:#}");
-            std::thread::yield_now();
+            pause();
         }
     }
 

@@ -286,7 +286,7 @@ fn drive(table: &Table, list: &ChunkList, window: &Heap, job: &Job, order: Order
                 next
             };
             let Some(index) = next else {
-                std::thread::yield_now();
+                std::thread::park_timeout(std::time::Duration::from_micros(200));
                 continue;
             };
             job.run(index);

@@ -191,13 +191,13 @@ mod tests {
                 inside.fetch_add(1, Ordering::SeqCst);
                 came.fetch_add(1, Ordering::SeqCst);
                 while !stop.load(Ordering::SeqCst) {
-                    std::thread::yield_now();
+                    std::thread::park_timeout(std::time::Duration::from_micros(200));
                 }
                 inside.fetch_sub(1, Ordering::SeqCst);
             };
             let result = pool.with(&body, || {
                 while came.load(Ordering::SeqCst) < 2 {
-                    std::thread::yield_now();
+                    std::thread::park_timeout(std::time::Duration::from_micros(200));
                 }
                 stop.store(true, Ordering::SeqCst);
                 round
@@ -218,7 +218,7 @@ mod tests {
         let caught = catch_unwind(AssertUnwindSafe(|| {
             pool.with(&body, || {
                 while !failed.load(Ordering::SeqCst) {
-                    std::thread::yield_now();
+                    std::thread::park_timeout(std::time::Duration::from_micros(200));
                 }
             });
         }));
@@ -227,7 +227,7 @@ mod tests {
         let again = AtomicBool::new(false);
         pool.with(&|| again.store(true, Ordering::SeqCst), || {
             while !again.load(Ordering::SeqCst) {
-                std::thread::yield_now();
+                std::thread::park_timeout(std::time::Duration::from_micros(200));
             }
         });
     }

@@ -314,7 +314,7 @@ mod tests {
                     consumed = mark.min(consumed + 3);
                     filling.consumed(consumed);
                 }
-                std::thread::yield_now();
+                std::thread::park_timeout(Duration::from_micros(200));
             }
         });
         assert_eq!(source.fills.load(Ordering::Relaxed), list.chunks.len());
