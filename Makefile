@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | soak | clean. A bare machine needs cargo (1.89+ with clippy and rustfmt), a C linker,
+# make demo | test | lint | bench | soak | fuzz | clean. A bare machine needs cargo (1.89+ with clippy and rustfmt), a C linker,
 # python3 (3.11+) with venv, and make; everything else lands in .venv and target/. `.ci/run` calls `make test`.
 #
 # Two builds, by intent. Rust tests run in the dev profile, whose overflow checks and debug assertions are half of
@@ -9,7 +9,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint lint-rust lint-python lint-stubs lint-licences test-rust test-loom test-python bench soak clean help
+.PHONY: demo test lint lint-rust lint-python lint-stubs lint-licences test-rust test-loom test-python bench soak fuzz clean help
 
 PYTHON ?= python3
 VENV := .venv
@@ -46,6 +46,7 @@ test:
 	$(MAKE) --no-print-directory lint-python
 	$(MAKE) --no-print-directory lint-licences
 	$(MAKE) --no-print-directory test-rust
+	$(MAKE) --no-print-directory test-loom
 	$(MAKE) --no-print-directory lint-stubs
 	$(MAKE) --no-print-directory test-python
 
@@ -77,7 +78,7 @@ lint-licences:
 test-rust:
 	cargo test --workspace --locked $(CARGO_TEST_ARGS)
 
-# Every order of the steps of the client's lock-free queue. Not part of `test`: loom takes its time to build.
+# Every order of the steps of the client's lock-free queue. A build folder of its own, since loom's release build shares nothing.
 test-loom:
 	cargo run --release --manifest-path protocol/loom/Cargo.toml --target-dir target/loom
 
@@ -87,11 +88,31 @@ test-python: $(VENV)/.wheel $(WEIGHTS_READY)
 bench: $(VENV)/.wheel $(WEIGHTS_READY)
 	$(PY) benches/run.py $(BENCH_ARGS)
 
+# An hour or more by default. Shorter: SOAK_KILLS=2000 (clients killed; daemons in proportion), SOAK_HOSTILE=1 (times 60,000 messages),
+# SOAK_ARGS="--minutes 20".
+SOAK_KILLS ?= 10000
+SOAK_HOSTILE ?= 17
 soak: $(VENV)/.wheel $(WEIGHTS_READY)
+	SHMQUANT_KILLS=$(SOAK_KILLS) cargo test -p shmquant-daemon --locked --test kills
+	SHMQUANT_HOSTILE_ROUNDS=$(SOAK_HOSTILE) cargo test -p shmquant-daemon --locked --test scribbler
 	$(PY) tests/soak.py $(SOAK_ARGS)
 
+# libFuzzer with AddressSanitizer, FUZZ_SECONDS for each target. New inputs land in fuzz/target/corpus, those that break something
+# in fuzz/artifacts. The same bodies run on the committed corpora, and on changes of these, in `make test`.
+FUZZ_TARGETS ?= frames descriptors planner sessions
+FUZZ_SECONDS ?= 60
+fuzz:
+	@cargo fuzz --version >/dev/null 2>&1 \
+		|| { echo "cargo-fuzz is missing" >&2; echo "hint: cargo install cargo-fuzz --locked" >&2; exit 1; }
+	@# The sanitizer is an unstable option of the compiler, and the stable one has it, too.
+	for target in $(FUZZ_TARGETS); do \
+		mkdir -p fuzz/target/corpus/$$target; \
+		RUSTC_BOOTSTRAP=1 cargo fuzz run $$target fuzz/target/corpus/$$target fuzz/corpus/$$target -- \
+			-max_total_time=$(FUZZ_SECONDS) -timeout=60 -rss_limit_mb=4096; \
+	done
+
 clean:
-	rm -rf $(VENV) target dist .pytest_cache .ruff_cache .mypy_cache benches/out
+	rm -rf $(VENV) target fuzz/target dist .pytest_cache .ruff_cache .mypy_cache benches/out
 	find pylib tests benches -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.created:
