@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::error::Error;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
@@ -388,6 +389,22 @@ fn vectors_keep_their_company_in_every_format() -> Outcome {
     let (out, batch) = read_arrow(&place.path("n.arrow"))?;
     assert!(out.index_of("kind").is_ok());
     assert_eq!(texts(&batch, "text"), texts(&whole, "text"));
+    Ok(())
+}
+
+#[test]
+fn a_kill_in_the_middle_of_writing_leaves_nothing_behind() -> Outcome {
+    let place = Place::new()?;
+    write_model(&place.path("m.safetensors"))?;
+    let _daemon = place.serve(&[])?;
+    let before = place.names()?;
+    // The kernel ends a process whose file passes the limit: one block.
+    let line = "ulimit -c 0; ulimit -f 1; exec \"$0\" quantize m.safetensors o.arrow -q";
+    let mut command = Command::new("sh");
+    command.args(["-c", line, env!("CARGO_BIN_EXE_shmquant")]).current_dir(place.dir.path());
+    let status = command.env("SHMQUANT_ADDRESS", place.path("run/shmquant.sock")).status()?;
+    assert_eq!(status.signal(), Some(nix::sys::signal::Signal::SIGXFSZ as i32), "{status}");
+    assert_eq!(place.names()?, before);
     Ok(())
 }
 

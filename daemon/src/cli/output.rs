@@ -1,14 +1,19 @@
-//! Result files: written beside their place under another name, then moved there, so that nobody ever sees half a file.
+//! Result files: written without a name in the folder of their place and then put there, so that nobody ever sees half a
+//! file, and a kill in the middle leaves nothing behind.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
 use std::io::{self, BufWriter, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use arrow_array::RecordBatch;
 use arrow_ipc::writer::FileWriter;
 use arrow_schema::{ArrowError, SchemaRef};
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::libc::O_TMPFILE;
+use nix::unistd::linkat;
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
@@ -17,6 +22,10 @@ use tempfile::{Builder, NamedTempFile};
 use super::error::CliError;
 
 const BUFFER: usize = 1 << 20;
+/// What names begin with that a file has on its way.
+const PREFIX: &str = ".shmquant.";
+/// As any new file: what the umask leaves of it.
+const MODE: u32 = 0o666;
 
 /// A format that can be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +60,9 @@ pub(super) struct Sink {
 
 #[derive(Debug)]
 enum Place {
-    /// Moved to its place when it is complete, removed when it never is.
+    /// Gets a name when it is complete; gone with this process when it never is.
+    Unnamed(File),
+    /// The same under a name from the start, where the file system has no files without.
     Beside(NamedTempFile),
     /// There is a device or a pipe of that name: written to as it is.
     There(File),
@@ -64,11 +75,17 @@ impl Sink {
             let opened = File::options().write(true).open(path);
             Place::There(opened.map_err(CliError::io(path, "cannot open it"))?)
         } else {
-            let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            let mut builder = Builder::new();
-            // As any new file: what the umask leaves of it.
-            builder.prefix(".shmquant.").permissions(Permissions::from_mode(0o666));
-            Place::Beside(builder.tempfile_in(dir).map_err(CliError::io(path, "cannot create it"))?)
+            let dir = folder(path);
+            match File::options().read(true).write(true).mode(MODE).custom_flags(O_TMPFILE).open(dir) {
+                Ok(file) => Place::Unnamed(file),
+                // Whatever it was, this says it about the name that was asked for.
+                Err(_) => {
+                    let mut builder = Builder::new();
+                    builder.prefix(PREFIX).permissions(Permissions::from_mode(MODE));
+                    let file = builder.tempfile_in(dir);
+                    Place::Beside(file.map_err(CliError::io(path, "cannot create it"))?)
+                }
+            }
         };
         Ok(Self { path: path.to_owned(), file })
     }
@@ -117,6 +134,10 @@ impl Sink {
     pub(super) fn finish(self) -> Result<u64, CliError> {
         let Self { path, file } = self;
         let size = match file {
+            Place::Unnamed(file) => {
+                name(&file, &path).map_err(CliError::io(&path, "cannot create it"))?;
+                file.metadata().map(|m| m.len())
+            }
             Place::Beside(file) => {
                 let file =
                     file.persist(&path).map_err(|e| CliError::io(&path, "cannot create it")(e.error))?;
@@ -130,7 +151,22 @@ impl Sink {
     fn file(&mut self) -> &mut File {
         match &mut self.file {
             Place::Beside(file) => file.as_file_mut(),
-            Place::There(file) => file,
+            Place::Unnamed(file) | Place::There(file) => file,
         }
     }
+}
+
+fn folder(path: &Path) -> &Path {
+    path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Gives a file without a name the name `path`, whatever had it before: a link takes no name that is taken, so the file
+/// has another for a moment.
+fn name(file: &File, path: &Path) -> io::Result<()> {
+    let open = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let link = |at: &Path| {
+        linkat(AT_FDCWD, open.as_str(), AT_FDCWD, at, AtFlags::AT_SYMLINK_FOLLOW).map_err(io::Error::from)
+    };
+    let named = Builder::new().prefix(PREFIX).make_in(folder(path), link)?;
+    named.into_temp_path().persist(path).map_err(|e| e.error)
 }
