@@ -1,4 +1,4 @@
-"""More than offsets of 32 bits can tell: results beyond 2 GiB, and single layers beyond it."""
+"""More than offsets of 32 bits can tell: results beyond 2 GiB, and single layers and columns beyond it."""
 
 from __future__ import annotations
 
@@ -97,4 +97,71 @@ def test_a_layer_of_two_gibibytes_is_a_large_binary(serve):
     assert (kind, rows) == ("large_binary", 2) and size == 32_769 * 65_536 > 2**31
     assert right
     assert allocated < MIB
+    assert status(daemon.process.pid)["RssAnon"] < 64 * MIB
+
+
+TEXTS = """
+import json, sys, zlib
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from shmquant import ShmQuantizer
+
+# 35 chunks of one text of 64 MiB, a short one and a null: 2.2 GiB together, which take their memory once.
+long = "".join(f"{i:016x}" for i in range(1 << 22))
+texts = pa.array([long, "short", None])
+chunks = 35
+rows = 3 * chunks
+many = lambda values: pa.chunked_array([values] * chunks)
+ids = pa.array(range(rows))
+emb = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(rows * 4, dtype="f4")), 4)
+tags = many(pa.array(["a", None, "c"]))
+lists = many(pa.array([[], ["x"], ["y", "z"]]))
+table = pa.table({"id": ids, "emb": emb, "text": many(texts), "tag": tags, "lists": lists})
+q = ShmQuantizer(sys.argv[1])
+q.quantize(table, "int8", name="texts", timeout=None)
+
+r = q.open("texts")
+t = r.table
+text = t.column("text")
+want = [zlib.crc32(long.encode()), zlib.crc32(b"short"), None] * chunks
+got = []
+for value in text.chunk(0):
+    buffer = value.as_buffer() if value.is_valid else None
+    got.append(None if buffer is None else zlib.crc32(buffer))
+print(json.dumps({
+    "types": {f.name: str(f.type) for f in t.schema},
+    "rows": t.num_rows,
+    "batches": len(t.to_batches()),
+    "texts": got == want,
+    "others": t.column("id").to_pylist() == list(range(rows))
+        and t.column("tag").to_pylist() == tags.to_pylist()
+        and t.column("lists").to_pylist() == lists.to_pylist(),
+    "bytes": r.nbytes,
+    "allocated": pa.total_allocated_bytes(),
+}))
+"""
+
+
+@pytest.mark.slow
+def test_a_kept_column_beyond_two_gibibytes_is_a_large_one(serve):
+    """Published with the codes: that column alone changes its type, and no second copy is made of it."""
+    memory_for(5)
+    patience(600)
+    daemon = serve("--budget", "3GiB")
+    with Child(TEXTS, daemon.address) as child:
+        facts = child.answer()
+        assert child.end() == 0
+    assert facts["types"] == {
+        "id": "int64",
+        "emb": "fixed_size_list<item: int8>[4]",
+        "emb_scale": "float",
+        "text": "large_string",
+        "tag": "string",
+        "lists": "list<item: string>",
+    }
+    assert (facts["rows"], facts["batches"]) == (105, 1)
+    assert facts["texts"] and facts["others"]
+    assert facts["bytes"] > 35 << 26 > 2**31
+    assert facts["allocated"] < 256 * MIB
     assert status(daemon.process.pid)["RssAnon"] < 64 * MIB

@@ -16,12 +16,13 @@ use arrow_array::{
     Array, ArrayRef, BinaryArray, BooleanArray, Date32Array, Decimal128Array, DictionaryArray,
     DurationMicrosecondArray, FixedSizeBinaryArray, FixedSizeListArray, Float32Array, Float64Array,
     Int8Array, Int64Array, IntervalMonthDayNanoArray, LargeBinaryArray, LargeListArray, LargeStringArray,
-    ListArray, NullArray, RunArray, StringArray, StructArray, TimestampNanosecondArray, UInt16Array,
-    UnionArray, make_array,
+    ListArray, MapArray, NullArray, RunArray, StringArray, StructArray, TimestampNanosecondArray,
+    UInt16Array, UnionArray, make_array,
 };
 use arrow_buffer::{Buffer, IntervalMonthDayNano};
 use arrow_data::ArrayData;
 use arrow_schema::{DataType, Field, Fields, UnionFields};
+use shmquant_protocol::chunks::{Action, ChunkList, MIN_WINDOW};
 use shmquant_protocol::client::Source;
 use shmquant_protocol::descriptor::Body;
 use shmquant_protocol::field::NodeData;
@@ -287,4 +288,120 @@ fn a_field_keeps_its_metadata() {
     assert_eq!(it.descriptor().metadata.get("origin").map(String::as_str), Some("here"));
     let it = Table::from_batches(schema, vec![batch], &TableOptions::default()).unwrap();
     assert!(it.descriptor().metadata.is_empty());
+}
+
+/// The offsets of the kept column itself as they cross, and how many bytes each takes; nothing of the values behind them.
+fn offsets_of(table: &Table) -> (Vec<i64>, usize) {
+    let Body::Keep { data, .. } = &table.descriptor().items[1].body else { panic!("it is not kept") };
+    let list = ChunkList::new(table.descriptor(), 0, MIN_WINDOW);
+    let mut bytes = Vec::new();
+    for chunk in list.chunks.iter().filter(|c| c.item == 1) {
+        // The buffer behind the validity.
+        if chunk.action == (Action::Copy { buffer: 1 }) {
+            let mut out = vec![0; chunk.bytes as usize];
+            table.fill(chunk, &mut out);
+            bytes.extend(out);
+        }
+    }
+    let width = bytes.len() / (data.length as usize + 1);
+    let offset = |b: &[u8]| match width {
+        4 => i64::from(i32::from_le_bytes(b.try_into().unwrap())),
+        _ => i64::from_le_bytes(b.try_into().unwrap()),
+    };
+    (bytes.chunks(width).map(offset).collect(), width)
+}
+
+fn kept_type(table: &Table) -> DataType {
+    let Body::Keep { field, .. } = &table.descriptor().items[1].body else { panic!("it is not kept") };
+    field.data_type().clone()
+}
+
+/// One value of 64 MiB beside a null and a short one; as often as it is repeated it takes its memory once.
+fn long_text() -> ArrayRef {
+    let long = "x".repeat(PIECE);
+    Arc::new(StringArray::from(vec![Some("ab"), None, Some(long.as_str())]).slice(1, 2))
+}
+
+const PIECE: usize = 1 << 26;
+
+fn list_of(values: ArrayRef) -> ArrayRef {
+    let field = Arc::new(Field::new("item", values.data_type().clone(), true));
+    let ends = arrow_buffer::OffsetBuffer::from_lengths([values.len()]);
+    Arc::new(ListArray::new(field, ends, values, None))
+}
+
+fn list_type(of: DataType) -> DataType {
+    DataType::List(Arc::new(Field::new("item", of, true)))
+}
+
+#[test]
+fn a_column_becomes_large_where_its_chunks_pass_32_bits() {
+    let text = long_text();
+    let binary: ArrayRef =
+        Arc::new(BinaryArray::from(text.as_any().downcast_ref::<StringArray>().unwrap().clone()));
+    for (chunk, large) in [(&text, DataType::LargeUtf8), (&binary, DataType::LargeBinary)] {
+        // 31 of them are less than 2^31 bytes, 32 are not.
+        let fits = keep(&vec![chunk.clone(); 31]).unwrap();
+        assert_eq!(kept_type(&fits), *chunk.data_type());
+        let (ends, width) = offsets_of(&fits);
+        assert_eq!((ends.last(), width), (Some(&(31 * PIECE as i64)), 4));
+
+        let it = keep(&vec![chunk.clone(); 33]).unwrap();
+        assert_eq!(kept_type(&it), large);
+        let (ends, width) = offsets_of(&it);
+        // A null row ends where the row before it does.
+        let want = (0..33).flat_map(|i| [i, i + 1]).map(|n| n * PIECE as i64);
+        assert_eq!((ends, width), ([0].into_iter().chain(want).collect(), 8));
+        let Body::Keep { data, .. } = &it.descriptor().items[1].body else { panic!("it is not kept") };
+        assert_eq!(data.buffers, [66_u64.div_ceil(8), 67 * 8, 33 * PIECE as u64]);
+        assert_eq!((data.length, data.null_count), (66, 33));
+    }
+}
+
+#[test]
+fn only_what_has_to_be_large_becomes_so() {
+    // Long values in short lists, and long lists of values that take no bytes.
+    let texts = list_of(long_text());
+    let it = keep(&vec![texts.clone(); 33]).unwrap();
+    assert_eq!(kept_type(&it), list_type(DataType::LargeUtf8));
+    assert_eq!(offsets_of(&it).1, 4);
+    let nothing = list_of(Arc::new(NullArray::new(PIECE)));
+    let it = keep(&vec![nothing.clone(); 33]).unwrap();
+    let DataType::List(item) = nothing.data_type() else { panic!("a list") };
+    assert_eq!(kept_type(&it), DataType::LargeList(item.clone()));
+    assert_eq!(offsets_of(&it), ((0..=33).map(|i| i * PIECE as i64).collect(), 8));
+
+    let fields = |texts: DataType| {
+        let list = Field::new("texts", texts, true).with_metadata([("unit".to_owned(), "word".to_owned())]);
+        Fields::from(vec![Field::new("number", DataType::Int64, false), list])
+    };
+    let columns: Vec<ArrayRef> = vec![Arc::new(Int64Array::from(vec![1])), texts.clone()];
+    let row: ArrayRef = Arc::new(StructArray::new(fields(texts.data_type().clone()), columns, None));
+    let it = keep(&vec![row; 33]).unwrap();
+    assert_eq!(kept_type(&it), DataType::Struct(fields(list_type(DataType::LargeUtf8))));
+
+    let size = |of| DataType::FixedSizeList(Arc::new(Field::new("item", of, true)), 1);
+    let DataType::FixedSizeList(item, _) = size(texts.data_type().clone()) else { panic!("a list") };
+    let fixed: ArrayRef = Arc::new(FixedSizeListArray::new(item, 1, texts, None));
+    let it = keep(&vec![fixed; 33]).unwrap();
+    assert_eq!(kept_type(&it), size(list_type(DataType::LargeUtf8)));
+}
+
+#[test]
+fn maps_have_no_large_type() {
+    let entries = Fields::from(vec![
+        Field::new("keys", DataType::Boolean, false),
+        Field::new("values", DataType::Null, true),
+    ]);
+    let keys = BooleanArray::new(arrow_buffer::BooleanBuffer::new_unset(PIECE), None);
+    let columns: Vec<ArrayRef> = vec![Arc::new(keys), Arc::new(NullArray::new(PIECE))];
+    let entries = StructArray::new(entries, columns, None);
+    let field = Arc::new(Field::new("entries", entries.data_type().clone(), false));
+    let ends = arrow_buffer::OffsetBuffer::from_lengths([PIECE]);
+    let map: ArrayRef = Arc::new(MapArray::new(field, ends, entries, None, false));
+    assert!(keep(&vec![map.clone(); 31]).is_ok());
+    says(
+        keep(&vec![map; 32]),
+        &["column 'kept' cannot be published", "2147483648 entries", "hint: leave it out with keep=[...]"],
+    );
 }

@@ -69,9 +69,9 @@ pub(super) fn from_table(
             }
             None if !kept => {}
             None if options.named => {
-                let (data, streams) = kept::column(field, &arrays)
+                let kept::Column { field: its_field, data, streams } = kept::column(field, &arrays)
                     .map_err(|d| InputError::Column(Box::new(d.in_column(field.name()))))?;
-                let body = Body::Keep { field: field.as_ref().clone(), data };
+                let body = Body::Keep { field: its_field, data };
                 it.items.push(Item { name: field.name().clone(), body });
                 it.streams.push(Streams::Kept(streams));
                 it.outputs.push(Output::Kept { name: field.name().clone() });

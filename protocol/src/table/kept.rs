@@ -1,20 +1,33 @@
 //! Columns that are copied into a published result: canonical buffers over all chunks, by reference.
+//!
+//! A result has one record batch. Where the chunks of a column hold more together than 32-bit offsets can tell, the column
+//! becomes large (`utf8` to `large_utf8`, a list to a large list), and no other.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, ArrayRef, make_array, new_empty_array};
 use arrow_buffer::Buffer;
 use arrow_data::ArrayData;
-use arrow_schema::{DataType, Field};
+use arrow_schema::{DataType, Field, FieldRef};
 
 use super::error::Details;
-use super::stream::{Bits, Offsets, Pieces, Rows, Starts, Stream, Views};
+use super::stream::{Bits, OffsetWidth, Offsets, Pieces, Rows, Starts, Stream, Views};
 use crate::field::{NodeData, UnsupportedType, write_field};
 use crate::wire::Writer;
 
-/// Lengths and buffers of a column, the buffers in preorder.
-pub(super) fn column(field: &Field, arrays: &[ArrayRef]) -> Result<(NodeData, Vec<Stream>), Box<Details>> {
+/// A column as it is published.
+pub(super) struct Column {
+    /// Its field, as given but for a type that has to be large.
+    pub(super) field: Field,
+    pub(super) data: NodeData,
+    /// Its buffers in preorder.
+    pub(super) streams: Vec<Stream>,
+}
+
+/// The column that all chunks make together.
+pub(super) fn column(field: &Field, arrays: &[ArrayRef]) -> Result<Column, Box<Details>> {
     let mut unused = Vec::new();
     if let Err(UnsupportedType(found)) = write_field(&mut Writer::new(&mut unused), field) {
         let what = format!("column '{}' cannot be published: it has the type {found}", field.name());
@@ -24,31 +37,47 @@ pub(super) fn column(field: &Field, arrays: &[ArrayRef]) -> Result<(NodeData, Ve
     }
     let chunks: Vec<ArrayData> = arrays.iter().map(|a| a.to_data()).collect();
     let mut streams = Vec::new();
-    let node = node(field.data_type(), &chunks, &mut streams).map_err(|what| {
-        Box::new(Details::new(format!("column '{}' cannot be published: {what}", field.name())))
+    let (data, widened) = node(field.data_type(), &chunks, &mut streams).map_err(|what| {
+        let what = format!("column '{}' cannot be published: {what}", field.name());
+        Box::new(Details::new(what).hint("leave it out with keep=[...], or cast it"))
     })?;
-    Ok((node, streams))
+    let field = match widened {
+        Some(large) => field.clone().with_data_type(large),
+        None => field.clone(),
+    };
+    Ok(Column { field, data, streams })
 }
 
-/// One node and its children: pushes its buffers, then theirs.
-fn node(data_type: &DataType, chunks: &[ArrayData], out: &mut Vec<Stream>) -> Result<NodeData, String> {
+/// One node and its children: pushes its buffers, then theirs. Gives its type if that is not the one it had.
+fn node(
+    data_type: &DataType,
+    chunks: &[ArrayData],
+    out: &mut Vec<Stream>,
+) -> Result<(NodeData, Option<DataType>), String> {
     let length = chunks.iter().map(|c| c.len() as u64).sum();
     if *data_type == DataType::Null {
-        return Ok(NodeData { length, null_count: length, buffers: Vec::new(), children: Vec::new() });
+        let data = NodeData { length, null_count: length, buffers: Vec::new(), children: Vec::new() };
+        return Ok((data, None));
     }
     let null_count = chunks.iter().map(|c| c.null_count() as u64).sum();
     let first = out.len();
     out.push(validity(chunks, null_count));
     let mut children: Vec<(DataType, Vec<ArrayData>)> = Vec::new();
+    let width = match data_type {
+        DataType::Binary | DataType::Utf8 | DataType::List(_) | DataType::Map(..) => {
+            width(data_type, chunks)?
+        }
+        _ => OffsetWidth::Large,
+    };
     match data_type {
         DataType::Boolean => out.push(booleans(chunks)),
-        DataType::Binary | DataType::Utf8 => binary(chunks, 4, out)?,
-        DataType::LargeBinary | DataType::LargeUtf8 => binary(chunks, 8, out)?,
-        DataType::BinaryView | DataType::Utf8View => views(data_type, chunks, out)?,
-        DataType::List(child) | DataType::Map(child, _) => {
-            children.push((child.data_type().clone(), lists(chunks, 4, out)?));
+        DataType::Binary | DataType::Utf8 | DataType::LargeBinary | DataType::LargeUtf8 => {
+            binary(chunks, width, out);
         }
-        DataType::LargeList(child) => children.push((child.data_type().clone(), lists(chunks, 8, out)?)),
+        DataType::BinaryView | DataType::Utf8View => views(data_type, chunks, out)?,
+        DataType::List(child) | DataType::LargeList(child) | DataType::Map(child, _) => {
+            children.push((child.data_type().clone(), lists(chunks, width, out)));
+        }
         DataType::FixedSizeList(child, size) => {
             let size = usize::try_from(*size).map_err(|_| format!("a list size of {size}"))?;
             let part = |c: &ArrayData| c.child_data()[0].slice(c.offset() * size, c.len() * size);
@@ -75,8 +104,42 @@ fn node(data_type: &DataType, chunks: &[ArrayData], out: &mut Vec<Stream>) -> Re
         }
     }
     let buffers = out[first..].iter().map(Stream::bytes).collect();
-    let children = children.iter().map(|(t, chunks)| node(t, chunks, out)).collect::<Result<_, _>>()?;
-    Ok(NodeData { length, null_count, buffers, children })
+    let mut nodes = Vec::with_capacity(children.len());
+    let mut larger = Vec::with_capacity(children.len());
+    for (data_type, chunks) in &children {
+        let (node, large) = node(data_type, chunks, out)?;
+        nodes.push(node);
+        larger.push(large);
+    }
+    let widened = widened(data_type, width == OffsetWidth::Widened, &mut larger);
+    Ok((NodeData { length, null_count, buffers, children: nodes }, widened))
+}
+
+/// The type of a node that has to be large, or one of whose children has to; `None` if it stays as it is.
+fn widened(data_type: &DataType, itself: bool, children: &mut [Option<DataType>]) -> Option<DataType> {
+    if !itself && children.iter().all(Option::is_none) {
+        return None;
+    }
+    let mut children = children.iter_mut().map(Option::take);
+    let mut child = |field: &FieldRef| match children.next().flatten() {
+        Some(large) => Arc::new(field.as_ref().clone().with_data_type(large)),
+        None => field.clone(),
+    };
+    match data_type {
+        DataType::Utf8 => Some(DataType::LargeUtf8),
+        DataType::Binary => Some(DataType::LargeBinary),
+        DataType::List(field) if itself => Some(DataType::LargeList(child(field))),
+        DataType::List(field) => Some(DataType::List(child(field))),
+        DataType::LargeList(field) => Some(DataType::LargeList(child(field))),
+        DataType::FixedSizeList(field, size) => Some(DataType::FixedSizeList(child(field), *size)),
+        DataType::Map(field, sorted) => Some(DataType::Map(child(field), *sorted)),
+        DataType::Struct(fields) => Some(DataType::Struct(fields.iter().map(child).collect())),
+        DataType::Dictionary(index, _) => {
+            let values = children.next().flatten();
+            values.map(|values| DataType::Dictionary(index.clone(), Box::new(values)))
+        }
+        _ => None,
+    }
 }
 
 fn validity(chunks: &[ArrayData], null_count: u64) -> Stream {
@@ -128,10 +191,11 @@ fn indices(chunks: &[ArrayData], width: usize) -> Stream {
 }
 
 /// First and last offset of a chunk.
-fn ends(chunk: &ArrayData, width: usize) -> (i64, i64) {
+fn ends(chunk: &ArrayData, width: OffsetWidth) -> (i64, i64) {
     if chunk.is_empty() {
         return (0, 0);
     }
+    let width = width.held();
     let offsets = part(chunk, 0, width, chunk.len() + 1);
     let at = |i: usize| {
         let bytes = &offsets.as_slice()[i * width..(i + 1) * width];
@@ -142,9 +206,26 @@ fn ends(chunk: &ArrayData, width: usize) -> (i64, i64) {
     (at(0), at(chunk.len()))
 }
 
+/// How the offsets of a type of 32 bits cross: as they are while all chunks together allow it.
+fn width(data_type: &DataType, chunks: &[ArrayData]) -> Result<OffsetWidth, String> {
+    let used = |c: &ArrayData| {
+        let (first, last) = ends(c, OffsetWidth::Small);
+        last - first
+    };
+    let total: i64 = chunks.iter().map(used).sum();
+    match i32::try_from(total) {
+        Ok(_) => Ok(OffsetWidth::Small),
+        Err(_) if matches!(data_type, DataType::Map(..)) => {
+            Err(format!("its maps hold {total} entries together, 2^31 - 1 is the most"))
+        }
+        Err(_) => Ok(OffsetWidth::Widened),
+    }
+}
+
 /// Joined offsets, and the part of its values that each chunk uses.
-fn offsets(chunks: &[ArrayData], width: usize) -> Result<(Stream, Vec<std::ops::Range<usize>>), String> {
-    let mut pieces = Pieces::of(Offsets { offsets: None, shift: 0, width }, width);
+fn offsets(chunks: &[ArrayData], width: OffsetWidth) -> (Stream, Vec<std::ops::Range<usize>>) {
+    let (held, crossing) = (width.held(), width.crossing());
+    let mut pieces = Pieces::of(Offsets { offsets: None, shift: 0, width }, crossing);
     let mut ranges = Vec::with_capacity(chunks.len());
     let mut total = 0i64;
     for chunk in chunks {
@@ -153,19 +234,16 @@ fn offsets(chunks: &[ArrayData], width: usize) -> Result<(Stream, Vec<std::ops::
         if chunk.is_empty() {
             continue;
         }
-        let all = part(chunk, 0, width, chunk.len() + 1);
-        let offsets = Some(all.slice_with_length(width, chunk.len() * width));
-        pieces.push(Offsets { offsets, shift: total - first, width }, chunk.len() * width);
+        let all = part(chunk, 0, held, chunk.len() + 1);
+        let offsets = Some(all.slice_with_length(held, chunk.len() * held));
+        pieces.push(Offsets { offsets, shift: total - first, width }, chunk.len() * crossing);
         total += last - first;
-        if width == 4 && i32::try_from(total).is_err() {
-            return Err("its chunks together pass 2^31: cast it to the large type".to_owned());
-        }
     }
-    Ok((Stream::Offsets(pieces), ranges))
+    (Stream::Offsets(pieces), ranges)
 }
 
-fn binary(chunks: &[ArrayData], width: usize, out: &mut Vec<Stream>) -> Result<(), String> {
-    let (stream, ranges) = offsets(chunks, width)?;
+fn binary(chunks: &[ArrayData], width: OffsetWidth, out: &mut Vec<Stream>) {
+    let (stream, ranges) = offsets(chunks, width);
     out.push(stream);
     let mut pieces = Pieces::default();
     for (chunk, range) in chunks.iter().zip(ranges) {
@@ -174,13 +252,12 @@ fn binary(chunks: &[ArrayData], width: usize, out: &mut Vec<Stream>) -> Result<(
         }
     }
     out.push(Stream::Bytes(pieces));
-    Ok(())
 }
 
-fn lists(chunks: &[ArrayData], width: usize, out: &mut Vec<Stream>) -> Result<Vec<ArrayData>, String> {
-    let (stream, ranges) = offsets(chunks, width)?;
+fn lists(chunks: &[ArrayData], width: OffsetWidth, out: &mut Vec<Stream>) -> Vec<ArrayData> {
+    let (stream, ranges) = offsets(chunks, width);
     out.push(stream);
-    Ok(chunks.iter().zip(ranges).map(|(c, r)| c.child_data()[0].slice(r.start, r.len())).collect())
+    chunks.iter().zip(ranges).map(|(c, r)| c.child_data()[0].slice(r.start, r.len())).collect()
 }
 
 fn views(data_type: &DataType, chunks: &[ArrayData], out: &mut Vec<Stream>) -> Result<(), String> {

@@ -307,22 +307,60 @@ pub(crate) struct Offsets {
     pub(crate) offsets: Option<Buffer>,
     /// Added to every offset.
     pub(crate) shift: i64,
-    /// 4 or 8.
-    pub(crate) width: usize,
+    pub(crate) width: OffsetWidth,
+}
+
+/// Bytes of an offset, as somebody holds it and as it crosses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OffsetWidth {
+    /// 4 bytes.
+    Small,
+    /// 4 bytes that cross as 8.
+    Widened,
+    /// 8 bytes.
+    Large,
+}
+
+impl OffsetWidth {
+    /// Bytes of an offset as somebody holds it.
+    pub(crate) fn held(self) -> usize {
+        match self {
+            Self::Small | Self::Widened => 4,
+            Self::Large => 8,
+        }
+    }
+
+    /// Bytes of an offset as it crosses.
+    pub(crate) fn crossing(self) -> usize {
+        match self {
+            Self::Small => 4,
+            Self::Widened | Self::Large => 8,
+        }
+    }
 }
 
 impl Offsets {
     fn write(&self, from: usize, out: &mut [u8]) {
         let Some(offsets) = &self.offsets else { return out.fill(0) };
-        let source = &offsets.as_slice()[from..from + out.len()];
-        if self.width == 4 {
-            for (out, offset) in out.as_chunks_mut::<4>().0.iter_mut().zip(source.as_chunks::<4>().0) {
-                // The joined offsets were shown to fit when the stream was made.
-                *out = i32::from_le_bytes(*offset).wrapping_add(self.shift as i32).to_le_bytes();
+        let (held, crossing) = (self.width.held(), self.width.crossing());
+        let (from, count) = (from / crossing * held, out.len() / crossing * held);
+        let source = &offsets.as_slice()[from..from + count];
+        match self.width {
+            OffsetWidth::Small => {
+                for (out, offset) in out.as_chunks_mut::<4>().0.iter_mut().zip(source.as_chunks::<4>().0) {
+                    // The joined offsets were shown to fit when the stream was made.
+                    *out = i32::from_le_bytes(*offset).wrapping_add(self.shift as i32).to_le_bytes();
+                }
             }
-        } else {
-            for (out, offset) in out.as_chunks_mut::<8>().0.iter_mut().zip(source.as_chunks::<8>().0) {
-                *out = i64::from_le_bytes(*offset).wrapping_add(self.shift).to_le_bytes();
+            OffsetWidth::Widened => {
+                for (out, offset) in out.as_chunks_mut::<8>().0.iter_mut().zip(source.as_chunks::<4>().0) {
+                    *out = i64::from(i32::from_le_bytes(*offset)).wrapping_add(self.shift).to_le_bytes();
+                }
+            }
+            OffsetWidth::Large => {
+                for (out, offset) in out.as_chunks_mut::<8>().0.iter_mut().zip(source.as_chunks::<8>().0) {
+                    *out = i64::from_le_bytes(*offset).wrapping_add(self.shift).to_le_bytes();
+                }
             }
         }
     }
