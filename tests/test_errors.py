@@ -124,7 +124,21 @@ CASES = {
         lambda q: q.quantize_stream(lists([[1.0]]), granularity="tensor").read_all(),
         "params",
     ),
-    "window": (lambda q: ShmQuantizer(q.address, lanes=0).quantize(X), "lanes is 0"),
+    "no lanes": (lambda q: ShmQuantizer(q.address, lanes=0), r"lanes 0 is not between 1.*\nhint: lanes="),
+    "lanes are no number": (
+        lambda q: ShmQuantizer(q.address, lanes="x"),
+        r"lanes 'x' is a str, not a whole number\nhint: lanes= takes how many requests",
+    ),
+    "too many lanes": (lambda q: ShmQuantizer(q.address, lanes=1 << 32), "lanes 4294967296 is not between"),
+    "window": (
+        lambda q: ShmQuantizer(q.address, window=-1),
+        r"window -1 is not between 1.*\nhint: window= takes bytes",
+    ),
+    "window is no number": (lambda q: ShmQuantizer(q.address, window=1e6), "window 1000000.0 is a float"),
+    "window is a bool": (lambda q: ShmQuantizer(q.address, window=True), "window True is not between"),
+    "poll": (lambda q: ShmQuantizer(q.address, poll="no"), r"poll 'no' is a str\nhint: say poll=True"),
+    "empty dict": (lambda q: q.quantize({}), r"nothing to quantize in an empty dict\nhint: a dict is"),
+    "fit of an empty dict": (lambda q: q.fit({}), "nothing to quantize in an empty dict"),
     "dequantize of floats": (lambda q: shmquant.dequantize(lists([[1.0]])), None),
     "codes of a passed column": (
         lambda q: q.quantize(pa.table({"emb": [[1.0]], "id": [1]})).codes("id"),

@@ -11,7 +11,7 @@ use shmquant_protocol::client::{Address, ClientError, Config, Options, Session};
 use shmquant_protocol::message::{Listing, Naming};
 
 use crate::calls::{Cancel, Watch};
-use crate::error::{client, invalid};
+use crate::error::client;
 use crate::lease::{Lease, PrivateMapping};
 use crate::source::Source;
 
@@ -33,16 +33,12 @@ impl Client {
     #[new]
     #[pyo3(signature = (address, *, start=None, lanes=None, window=None, poll=None))]
     fn new(
-        py: Python<'_>,
         address: OsString,
         start: Option<Vec<OsString>>,
         lanes: Option<u32>,
         window: Option<u64>,
         poll: Option<bool>,
-    ) -> PyResult<Self> {
-        if lanes == Some(0) {
-            return Err(invalid(py, "lanes is 0\nhint: a session needs at least one"));
-        }
+    ) -> Self {
         let shown = address.to_string_lossy().into_owned();
         let address =
             if address == IN_PROCESS { in_process() } else { Address::Path(PathBuf::from(address)) };
@@ -51,7 +47,7 @@ impl Client {
             words.next().map(|program| shmquant_daemon::cli::start_command(program, words.collect()))
         });
         let config = Config { address, start, window, max_lanes: lanes, poll };
-        Ok(Self { session: Session::new(config), address: shown })
+        Self { session: Session::new(config), address: shown }
     }
 
     /// Where the daemon is.

@@ -49,6 +49,10 @@ def read(data: Any) -> pa.Table | list[Tensor]:
     if isinstance(data, pa.Table):
         return data
     if isinstance(data, Mapping):
+        if not data:
+            raise invalid(
+                "nothing to quantize in an empty dict", "a dict is a state dict: {layer name: array}"
+            )
         return [_tensor(name, value) for name, value in data.items()]
     if isinstance(data, pa.RecordBatch):
         return pa.Table.from_batches([data])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 import weakref
 from dataclasses import dataclass
 
 from . import _native
+from ._errors import invalid
 
 #: Address of a daemon that runs inside this process.
 IN_PROCESS = "inproc:"
@@ -47,7 +49,24 @@ def settings(
     chosen = _native.default_address() if address is None else os.fspath(address)
     if chosen != IN_PROCESS:
         chosen = os.path.abspath(chosen)
+    lanes = _count("lanes", lanes, (1 << 32) - 1, "how many requests may run at once")
+    window = _count("window", window, (1 << 64) - 1, "bytes, such as 16 << 20")
+    if poll is not None and not isinstance(poll, bool):
+        raise invalid(f"poll {poll!r} is a {type(poll).__name__}", "say poll=True or poll=False")
     return Settings(chosen, lanes, window, poll)
+
+
+def _count(option: str, given: int | None, most: int, meaning: str) -> int | None:
+    if given is None:
+        return None
+    hint = f"{option}= takes {meaning}; leave it out for what the daemon proposes"
+    try:
+        number = operator.index(given)
+    except TypeError:
+        raise invalid(f"{option} {given!r} is a {type(given).__name__}, not a whole number", hint) from None
+    if isinstance(given, bool) or not 0 < number <= most:
+        raise invalid(f"{option} {given!r} is not between 1 and {most}", hint)
+    return number
 
 
 def client(wanted: Settings) -> _native.Client:
