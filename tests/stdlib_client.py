@@ -15,6 +15,7 @@ import socket
 from stdlib_descriptor import ceil64, cut, place
 from stdlib_messages import (
     DATASETS,
+    INPUT,
     LEASE_FD,
     MAX_FDS,
     MAX_FRAME,
@@ -24,6 +25,7 @@ from stdlib_messages import (
     OPEN_NAME,
     OPEN_TICKET,
     REPLACE,
+    WARM,
     DaemonError,
     decode,
     encode,
@@ -112,7 +114,7 @@ class Session(Connection):
     def __init__(self, address=None):
         super().__init__(address or default_address())
         self.hello, _ = self.call("HELLO", minor=0, library="stdlib client")
-        self.segments = {}  # segment: its read-only mapping
+        self.segments = {}  # segment: its mapping
 
     def lane(self, window=0):
         """Open a lane; a window of 0 bytes means the daemon's default."""
@@ -141,11 +143,11 @@ class Session(Connection):
         finally:
             self.socket.settimeout(patience)
 
-    def attach(self, lease, fds):
+    def attach(self, lease, fds, access=mmap.PROT_READ):
         """Map the lease's segment if it is new, and give a view of the extent."""
         extent = lease["extent"]
         if lease["flags"] & LEASE_FD:
-            mapping = mmap.mmap(fds[0], lease["segment_size"], prot=mmap.PROT_READ)
+            mapping = mmap.mmap(fds[0], lease["segment_size"], prot=access)
             self.segments[extent["segment"]] = mapping
         for fd in fds:
             os.close(fd)
@@ -249,6 +251,16 @@ class Lane(Connection):
         view = self.session.attach(reply["lease"], fds)
         return reply["lease"], view, [self._report(i) for i in range(reply["report"] // 80)]
 
+    def allocate(self, nbytes, timeout=NO_TIMEOUT):
+        """Ask for memory that both sides have; gives its lease and the memory, to be written."""
+        reply, fds = self.call("ALLOC", bytes=nbytes, purpose=INPUT, timeout=timeout)
+        view = self.session.attach(reply["lease"], fds, mmap.PROT_READ | mmap.PROT_WRITE)
+        return reply["lease"], view
+
+    def warm(self, nbytes):
+        """Have memory made ready for a result."""
+        self.call("ALLOC", bytes=nbytes, purpose=WARM, timeout=NO_TIMEOUT)
+
     def _write(self, chunks, sources, written, consumed, ring, resident):
         """Write every chunk that may be written; gives the new watermark."""
         while written < len(chunks):
@@ -256,7 +268,7 @@ class Lane(Connection):
             freed = chunks[min(consumed, written)].start
             if not resident and chunk.start + ceil64(chunk.bytes) - freed > ring:
                 break
-            if not (resident and chunk.follows):
+            if chunk.bytes and not (resident and chunk.follows):
                 source = memoryview(sources[chunk.item][chunk.stream]).cast("B")
                 self.window[chunk.at : chunk.at + chunk.bytes] = source[
                     chunk.begin : chunk.begin + chunk.bytes

@@ -413,6 +413,48 @@ def test_what_the_daemon_says_of_itself(session, lane):
     lane.call("PING")
 
 
+@pytest.mark.parametrize("rows", [100, 9000], ids=["small", "large"])
+def test_values_that_lie_in_an_input(session, lane, rows):
+    k = 128
+    values = numbers(rows * k)
+    lease, memory = lane.allocate(len(values) * 4 + 64)
+    memory[64:] = memoryview(values).cast("B")
+    assert lease["extent"]["length"] == len(memory)
+    placed = {"extent": lease["extent"], "offset": 64}
+    asked = json.loads(session.stat())
+    # Beside the values, whose stream is never read, those of a column that crosses.
+    for spec in (INT8_ROWS, d.Spec(d.UINT8, d.ASYMMETRIC, d.TENSOR)):
+        there = d.Item(d.VECTOR, "there", rows, k, 0, **placed)
+        here = d.Item(d.VECTOR, "here", rows, k, 0)
+        _, view, _ = lane.quantize(d.Descriptor(d.COLUMNS, [spec], rows, [there, here]), [[b""], [values]])
+        (batch,) = ArrowFile(view).batches
+        assert list(batch["there"].values()) == list(batch["here"].values())
+        lane.consumed_notices = 0
+        _, view, _ = lane.quantize(d.Descriptor(d.COLUMNS, [spec], rows, [there]), [[b""]])
+        (batch,) = ArrowFile(view).batches
+        assert lane.consumed_notices == 0
+        if spec is INT8_ROWS:
+            assert list(batch["there"].values()) == symmetric_codes(values, k)
+    said = json.loads(session.stat())
+    assert said["bytes_shared"] - asked["bytes_shared"] == 4 * rows * k * 4
+    session.release(lease)
+    wrong = d.Descriptor(d.COLUMNS, [INT8_ROWS], rows, [d.Item(d.VECTOR, "gone", rows, k, 0, **placed)])
+    assert error_of(lane.quantize, wrong, [[b""]]).code == "GONE"
+    again, _ = lane.allocate(len(values) * 4 + 64)
+    extent = lease["extent"]
+    assert again["extent"] == {**extent, "generation": extent["generation"] + 1}
+    assert not again["flags"] & m.LEASE_FD
+
+
+def test_memory_made_ready(session, lane):
+    asked = json.loads(session.stat())
+    lane.warm(3 << 20)
+    said = json.loads(session.stat())
+    assert said["bytes_by_use"]["pools"] - asked["bytes_by_use"]["pools"] == 3 << 20
+    assert error_of(lane.allocate, 0).code == "INVALID_INPUT"
+    assert error_of(lane.allocate, 1 << 50).code == "NO_ROOM"
+
+
 def test_posix_segments(serve):
     session = Session(serve("--backing", "posix", "--no-poll", "--workers", "3").address)
     assert session.hello["backing"] == 1

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use arrow_ipc::reader::FileReader;
 use shmquant_daemon::engine::Work;
 use shmquant_daemon::job::{Job, Sources};
+use shmquant_daemon::memory::Memory;
 use shmquant_daemon::plan::Plan;
 use shmquant_protocol::chunks::{CHUNK_BYTES, Chunk, ChunkList, MIN_WINDOW};
 use shmquant_protocol::descriptor::{Body, Descriptor};
@@ -100,6 +101,18 @@ fn check_list(list: &ChunkList, descriptor: u64, window: u64) {
     }
 }
 
+/// Memory for values that lie in extents; `None` if that would be much.
+fn sources(descriptor: &Descriptor) -> Option<Sources> {
+    let mut ends = std::collections::HashMap::new();
+    for (_, values, place) in descriptor.places() {
+        let end = place.extent.offset.checked_add(place.offset)?.checked_add(values.bytes())?;
+        let most: &mut u64 = ends.entry(place.extent.segment).or_default();
+        *most = end.max(*most);
+    }
+    let bounded = ends.values().all(|end| *end <= WINDOW) && ends.len() <= 8;
+    bounded.then(|| ends.iter().map(|(id, end)| (*id, Heap::new(*end, 0x3C) as Arc<dyn Memory>)).collect())
+}
+
 /// `u16 length`, a descriptor, then what a hostile client has in its window while the request is worked on. Whatever it
 /// is, what comes out is refused or a valid Arrow file.
 pub(crate) fn planner(data: &[u8]) {
@@ -121,8 +134,9 @@ pub(crate) fn planner(data: &[u8]) {
         if plan.chunks().chunks.len() > 256 {
             continue;
         }
+        let Some(sources) = sources(plan.descriptor()) else { continue };
         let (window, result) = (Heap::new(WINDOW, 0), Heap::new(plan.result_bytes(), 0xA5));
-        let job = Job::new(Arc::clone(&plan), window.clone(), &Sources::new(), result.clone(), 0)
+        let job = Job::new(Arc::clone(&plan), window.clone(), &sources, result.clone(), 0)
             .expect("room for the result");
         let mut left = values.iter().copied().cycle();
         for (i, chunk) in plan.chunks().chunks.iter().enumerate() {

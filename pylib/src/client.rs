@@ -12,14 +12,15 @@ use shmquant_protocol::message::{Listing, Naming};
 
 use crate::calls::{Cancel, Watch};
 use crate::error::client;
+use crate::input::InputMemory;
 use crate::lease::{Lease, PrivateMapping};
 use crate::source::Source;
 
 /// Address of a daemon inside this process.
 const IN_PROCESS: &str = "inproc:";
 
-/// n, n_clipped, n_nonfinite, n_degenerate_groups, n_nulled; mse, sqnr_db, max_abs_err, cosine.
-type Report = (u64, u64, u64, u64, u64, Option<f64>, Option<f64>, Option<f64>, Option<f64>);
+/// n, n_clipped, n_nonfinite, n_degenerate_groups, n_nulled; mse, sqnr_db, max_abs_err, cosine; bytes copied and shared.
+type Report = (u64, u64, u64, u64, u64, Option<f64>, Option<f64>, Option<f64>, Option<f64>, u64, u64);
 
 /// A session: connects when it is first used, again after the daemon went away.
 #[pyclass(frozen, module = "shmquant._native")]
@@ -56,7 +57,7 @@ impl Client {
         &self.address
     }
 
-    /// Quantize; a hold on the result, and a report of each item.
+    /// Quantize; a hold on the result, a report of each item, and bytes copied and shared in all.
     #[pyo3(signature = (source, *, timeout=None, name=None, replace=false, progress=None, cancel=None))]
     #[allow(clippy::too_many_arguments, reason = "Python's options")]
     fn quantize(
@@ -68,7 +69,7 @@ impl Client {
         replace: bool,
         progress: Option<Py<PyAny>>,
         cancel: Option<Py<Cancel>>,
-    ) -> PyResult<(Lease, Vec<Report>)> {
+    ) -> PyResult<(Lease, Vec<Report>, (u64, u64))> {
         let source = source.get();
         source.check_file(py)?;
         let watch = Watch::new(progress, cancel);
@@ -91,10 +92,28 @@ impl Client {
             let (mse, sqnr) = (number(item.mse), number(item.sqnr_db));
             let (largest, cosine) = (number(item.max_abs_err), number(item.cosine));
             let counts = (item.n, item.n_clipped, item.n_nonfinite, item.n_degenerate_groups, item.n_nulled);
-            (counts.0, counts.1, counts.2, counts.3, counts.4, mse, sqnr, largest, cosine)
+            let crossed = (item.bytes_copied, item.bytes_shared);
+            (
+                counts.0, counts.1, counts.2, counts.3, counts.4, mse, sqnr, largest, cosine, crossed.0,
+                crossed.1,
+            )
         });
         let report = report.collect();
-        Ok((Lease::new(done.held), report))
+        Ok((Lease::new(done.held), report, (done.bytes_copied, done.bytes_shared)))
+    }
+
+    /// Writable memory that the daemon reads where it lies.
+    #[pyo3(signature = (nbytes, *, timeout=None))]
+    fn allocate(&self, py: Python<'_>, nbytes: u64, timeout: Option<f64>) -> PyResult<InputMemory> {
+        let made =
+            self.wait(py, timeout, |session, timeout, stop| session.allocate(nbytes, timeout, Some(stop)));
+        made.map(InputMemory::new)
+    }
+
+    /// Have memory made ready for a result.
+    #[pyo3(signature = (nbytes, *, timeout=None))]
+    fn warm(&self, py: Python<'_>, nbytes: u64, timeout: Option<f64>) -> PyResult<()> {
+        self.wait(py, timeout, |session, timeout, stop| session.warm(nbytes, timeout, Some(stop)))
     }
 
     /// Open a dataset.
@@ -153,6 +172,20 @@ impl Client {
         request: impl FnOnce(&Session) -> Result<T, ClientError> + Send,
     ) -> PyResult<T> {
         py.detach(|| request(&self.session)).map_err(|error| failed(py, error))
+    }
+
+    /// Waits for what a request may have to wait for, and for Ctrl-C.
+    fn wait<T: Send>(
+        &self,
+        py: Python<'_>,
+        timeout: Option<f64>,
+        request: impl FnOnce(&Session, Option<Duration>, &(dyn Fn() -> bool + Sync)) -> Result<T, ClientError>
+        + Send,
+    ) -> PyResult<T> {
+        let watch = Watch::new(None, None);
+        let timeout = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        let done = py.detach(|| request(&self.session, timeout, &|| watch.interrupted()));
+        self.answer(py, &watch, done)
     }
 
     fn answer<T>(&self, py: Python<'_>, watch: &Watch, result: Result<T, ClientError>) -> PyResult<T> {

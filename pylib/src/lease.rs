@@ -174,7 +174,7 @@ impl Drop for PrivateMapping {
 ///
 /// # Safety
 /// `view` is valid for writes; the bytes stay where they are for as long as `owner` lives.
-unsafe fn fill(
+pub(crate) unsafe fn fill(
     view: *mut ffi::Py_buffer,
     flags: c_int,
     start: *mut c_void,
@@ -216,7 +216,7 @@ unsafe fn fill(
 
 /// # Safety
 /// `view` was filled by [`fill`].
-unsafe fn forget_format(view: *mut ffi::Py_buffer) {
+pub(crate) unsafe fn forget_format(view: *mut ffi::Py_buffer) {
     // SAFETY: `fill` made it with `CString::into_raw`.
     unsafe {
         if !(*view).format.is_null() {

@@ -8,6 +8,7 @@ mod client;
 mod command;
 mod decode;
 mod error;
+mod input;
 mod lease;
 mod options;
 mod params;
@@ -27,6 +28,8 @@ mod _native {
     use super::command::{cli, schemes};
     #[pymodule_export]
     use super::decode::decode;
+    #[pymodule_export]
+    use super::input::InputMemory;
     #[pymodule_export]
     use super::lease::{Lease, PrivateMapping};
     #[pymodule_export]

@@ -1,5 +1,7 @@
 //! What the daemon says about each quantized item (PROTOCOL.md section 6).
 
+use crate::chunks::ChunkList;
+use crate::descriptor::{Body, Descriptor};
 use crate::wire::{Reader, WireError};
 
 /// Bytes of one item.
@@ -26,12 +28,33 @@ pub struct ItemReport {
     pub max_abs_err: f64,
     /// Cosine of the angle between values and decoded codes.
     pub cosine: f64,
+    /// Bytes of it that were copied on their way to the daemon, twice where it had to see them twice.
+    pub bytes_copied: u64,
+    /// Bytes of its values that the daemon read where they lay.
+    pub bytes_shared: u64,
 }
 
 impl ItemReport {
     pub(super) fn read_all(bytes: &[u8]) -> Vec<Self> {
         // Pieces are whole, so that no read fails.
         bytes.chunks_exact(ITEM_BYTES as usize).filter_map(|piece| Self::read(piece).ok()).collect()
+    }
+
+    /// Adds to each report what this side knows: how the values of its item crossed.
+    pub(super) fn tell_ways(reports: &mut [Self], descriptor: &Descriptor, list: &ChunkList) {
+        let mut copied = vec![0; descriptor.items.len()];
+        for chunk in list.chunks.iter().filter(|chunk| !chunk.shared) {
+            if let Some(bytes) = copied.get_mut(chunk.item as usize) {
+                *bytes += chunk.bytes;
+            }
+        }
+        let quantized = descriptor.items.iter().zip(copied).filter_map(|(item, copied)| match &item.body {
+            Body::Values(values) => Some((values.place.map_or(0, |_| values.bytes()), copied)),
+            Body::Keep { .. } => None,
+        });
+        for (report, (shared, copied)) in reports.iter_mut().zip(quantized) {
+            (report.bytes_shared, report.bytes_copied) = (shared, copied);
+        }
     }
 
     fn read(bytes: &[u8]) -> Result<Self, WireError> {
@@ -46,6 +69,8 @@ impl ItemReport {
             sqnr_db: r.f64("sqnr_db")?,
             max_abs_err: r.f64("max_abs_err")?,
             cosine: r.f64("cosine")?,
+            bytes_copied: 0,
+            bytes_shared: 0,
         })
     }
 }

@@ -79,7 +79,7 @@ pub(super) fn run(
         return Ok(Err(ClientError::TooLarge { bytes: u64::MAX, most }));
     };
     let shared = request.descriptor.places().map(|(_, values, _)| values.bytes()).sum();
-    let Request { source, descriptor: _, naming, releases, progress, helpers, primary, polling } = request;
+    let Request { source, descriptor, naming, releases, progress, helpers, primary, polling } = request;
     let timeout = clock.milliseconds();
     let ask = move |wire: &mut Wire, ready, clock: &mut Clock<'_>| -> Result<(), ClientError> {
         let message = |releases| {
@@ -90,7 +90,8 @@ pub(super) fn run(
         Ok(())
     };
     let total = bytes_of(&list, 0, list.chunks.len());
-    let mut stream = Stream { list: &list, total, shared, done: 0, progress, primary, cancelled: None };
+    let mut stream =
+        Stream { list: &list, descriptor, total, shared, done: 0, progress, primary, cancelled: None };
     let Lane { wire, window, .. } = lane;
     wire.begin();
 
@@ -130,6 +131,7 @@ impl Drop for StopOnDrop<'_, '_> {
 
 struct Stream<'a> {
     list: &'a ChunkList,
+    descriptor: &'a Descriptor,
     /// Bytes to be written.
     total: u64,
     /// Bytes of values that lie in extents.
@@ -244,9 +246,11 @@ impl Stream<'_> {
                 let bytes_shared = if computed { self.shared } else { 0 };
                 // All of it has been read, whether or not it had to be written for that.
                 self.report(self.total + self.shared);
+                let mut report = ItemReport::read_all(&bytes);
+                ItemReport::tell_ways(&mut report, self.descriptor, self.list);
                 Ok(Ok(Answer {
                     lease,
-                    report: ItemReport::read_all(&bytes),
+                    report,
                     computed,
                     bytes_copied: self.done,
                     bytes_shared,

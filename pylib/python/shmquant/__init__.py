@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ._errors import ResultGoneError as ResultGoneError
     from ._errors import ShmQuantError as ShmQuantError
     from ._layer import Layer as Layer
+    from ._memory import InputTable as InputTable
     from ._params import Params as Params
     from ._quantizer import ShmQuantizer as ShmQuantizer
     from ._quantizer import open as open
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DaemonError",
     "DeadlineError",
+    "InputTable",
     "InvalidInputError",
     "ItemStats",
     "Layer",
@@ -77,6 +79,7 @@ _HOMES = {
     ),
     "_decode": ("dequantize",),
     "_layer": ("Layer",),
+    "_memory": ("InputTable",),
     "_params": ("Params",),
     "_quantizer": ("ShmQuantizer", "open"),
     "_result": ("ItemStats", "QuantizedTable"),

@@ -21,7 +21,7 @@ from ._optional import need
 #: The column that a bare (n, D) array becomes.
 VECTOR_COLUMN = "vector"
 
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 _KINDS = (
     "pass an Arrow table (pyarrow, polars, duckdb, pandas, nanoarrow: anything with __arrow_c_stream__ or "
     "__arrow_c_array__), a numpy array of shape (n, D), or a dict of arrays or tensors"
@@ -97,9 +97,9 @@ def _matrix(data: Any) -> pa.Table:
             f"an array of shape {array.shape} is not a matrix of vectors (n, D)",
             'reshape it to (n, D), or name it as a layer: {"w": array}',
         )
-    if array.dtype.name not in _FLOATS:
+    if array.dtype.name not in FLOATS:
         raise invalid(
-            f"an array of {array.dtype.name} cannot be quantized", f"use one of {', '.join(_FLOATS)}"
+            f"an array of {array.dtype.name} cannot be quantized", f"use one of {', '.join(FLOATS)}"
         )
     if array.dtype.name == "bfloat16":
         array = array.astype(np.float32)
@@ -139,9 +139,9 @@ def _tensor(name: Any, value: Any) -> Tensor:
 
 
 def _check_float(name: str, dtype: str) -> None:
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise invalid(
-            f"layer {name!r} is {dtype}: only {', '.join(_FLOATS)} can be quantized",
+            f"layer {name!r} is {dtype}: only {', '.join(FLOATS)} can be quantized",
             "leave it out of the dict, or convert it",
         )
 

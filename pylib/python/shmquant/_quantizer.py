@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-import gc
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Unpack
 
@@ -17,7 +15,8 @@ from . import _native, _session
 from ._calls import QuantizeOptions
 from ._errors import NoRoomError, invalid
 from ._input import Tensor, read
-from ._options import Overrides, SourceOptions, dataset_name, source_options, timeout_seconds
+from ._memory import Allocator
+from ._options import Overrides, SourceOptions, dataset_name, source_options
 from ._params import Params, fit
 from ._result import PassedThrough, QuantizedTable, alive
 from ._scheme import Granularity, Mapping, Nulls, OnNonFinite, Scheme, spelled
@@ -38,7 +37,7 @@ class ResultInfo(NamedTuple):
     views: int
 
 
-class ShmQuantizer:
+class ShmQuantizer(Allocator):
     """A handle on this process's session with a daemon. Cheap; safe to share between threads.
 
     Nothing happens until the first call: that connects, and starts a daemon if none is running.
@@ -493,27 +492,19 @@ class ShmQuantizer:
         timeout: float | None,
         cancel: _native.Cancel | None,
     ) -> QuantizedTable:
-        seconds = timeout_seconds(timeout)
-        started = time.monotonic()
-        try:
-            lease, report = self._client.quantize(
+        def call(seconds: float | None) -> tuple[_native.Lease, list[tuple[Any, ...]], tuple[int, int]]:
+            return self._client.quantize(
                 source, timeout=seconds, name=name, replace=replace, progress=progress, cancel=cancel
             )
-        except NoRoomError:
-            # Results in reference cycles hold memory until they are collected.
-            gc.collect()
-            left = None if seconds is None else max(0.0, started + seconds - time.monotonic())
-            try:
-                lease, report = self._client.quantize(
-                    source, timeout=left, name=name, replace=replace, progress=progress, cancel=cancel
-                )
-            except NoRoomError as error:
-                raise self._with_holdings(error) from None
+
+        lease, report, crossed = self._retried(call, timeout)
         passed = None
         # Where nothing passes through, the result is the finished table as it is.
         if name is None and table is not None and (source.passes_through or table.schema.metadata):
             passed = PassedThrough.of(source.outputs, table)
-        return QuantizedTable(self._settings, lease, passed=passed, report=(source.items, report))
+        return QuantizedTable(
+            self._settings, lease, passed=passed, report=(source.items, report), crossed=crossed
+        )
 
     def _with_holdings(self, error: NoRoomError) -> NoRoomError:
         holdings = self.results()

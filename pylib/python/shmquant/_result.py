@@ -55,6 +55,10 @@ class ItemStats(NamedTuple):
     max_abs_err: float | None
     #: Cosine of originals and decoded values; None unless ``metrics=True``.
     cosine: float | None
+    #: Bytes of its values that were copied to the daemon, twice where it had to see them twice.
+    bytes_copied: int
+    #: Bytes of its values that the daemon read where they lay; see :meth:`ShmQuantizer.empty`.
+    bytes_shared: int
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,9 @@ class QuantizedTable:
         Bytes of shared memory.
     segment_name : str
         Name of its segment, as in ``/proc/self/maps``.
+    bytes_copied, bytes_shared : int
+        Bytes of input that were copied to the daemon by the call that made it, and bytes that the daemon
+        read where they lay; 0 for a result that was opened.
 
     Examples
     --------
@@ -133,6 +140,7 @@ class QuantizedTable:
         *,
         passed: PassedThrough | None = None,
         report: tuple[list[str], list[tuple[Any, ...]]] = ([], []),
+        crossed: tuple[int, int] = (0, 0),
     ) -> None:
         self._settings = settings
         self._lease: _native.Lease | None = lease
@@ -143,6 +151,7 @@ class QuantizedTable:
         self.name: str | None = lease.name
         self.nbytes: int = lease.nbytes
         self.segment_name: str = lease.segment_name
+        self.bytes_copied, self.bytes_shared = crossed
         _session.remember(lease, settings.address)
         _alive.add(self)
 
@@ -361,7 +370,8 @@ class QuantizedTable:
     def __reduce__(self) -> tuple[Any, ...]:
         ticket, secret = _session.client(self._settings).ticket(self._held())
         address = self._settings.address
-        return _unpickle, (address, os.getpid(), ticket, secret, self._passed, self._report)
+        crossed = (self.bytes_copied, self.bytes_shared)
+        return _unpickle, (address, os.getpid(), ticket, secret, self._passed, self._report, crossed)
 
     def _held(self) -> _native.Lease:
         if self._lease is None:
@@ -453,6 +463,7 @@ def _unpickle(
     secret: bytes,
     passed: PassedThrough | None,
     report: tuple[list[str], list[tuple[Any, ...]]],
+    crossed: tuple[int, int],
 ) -> QuantizedTable:
     if address == _session.IN_PROCESS and sender != os.getpid():
         raise DaemonError(
@@ -461,4 +472,4 @@ def _unpickle(
         )
     settings = _session.Settings(address)
     lease = _session.client(settings).open_ticket(ticket, secret)
-    return QuantizedTable(settings, lease, passed=passed, report=report)
+    return QuantizedTable(settings, lease, passed=passed, report=report, crossed=crossed)
