@@ -6,6 +6,7 @@
     clippy::print_stdout,
     clippy::unwrap_used,
     clippy::expect_used,
+    clippy::panic,
     reason = "a program for a script to run"
 )]
 #![allow(unsafe_code, reason = "values are read where they lie in shared memory")]
