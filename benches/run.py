@@ -17,12 +17,13 @@ import time
 from pathlib import Path
 
 import clients
+import cold
 import speed
 from harness import machine
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-PARTS = {"speed": speed, "clients": clients}
+PARTS = {"speed": speed, "clients": clients, "cold": cold}
 
 
 def write_docs(out: Path) -> None:

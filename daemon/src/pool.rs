@@ -8,7 +8,10 @@ use shmquant_protocol::segment::Kind;
 /// Smallest class.
 pub(crate) const SMALLEST: u64 = 64 << 10;
 
-/// The class of a result: 4 steps per doubling, at least 64 KiB. `None` if it passes 2^62.
+/// From here on a class may not waste a quarter: the pages that nobody needs would cost milliseconds to make.
+const LARGE: u64 = 16 << 20;
+
+/// The class of a result: at least 64 KiB, 4 steps per doubling, 16 where it is large. `None` if it passes 2^62.
 pub(crate) fn class_of(bytes: u64) -> Option<u64> {
     if bytes <= SMALLEST {
         return Some(SMALLEST);
@@ -16,8 +19,9 @@ pub(crate) fn class_of(bytes: u64) -> Option<u64> {
     if bytes > 1 << 62 {
         return None;
     }
-    // The largest power of two below `bytes`, in quarters.
-    let step = (1u64 << (63 - (bytes - 1).leading_zeros())) / 4;
+    let steps = if bytes <= LARGE { 4 } else { 16 };
+    // The largest power of two below `bytes`, in so many parts.
+    let step = (1u64 << (63 - (bytes - 1).leading_zeros())) / steps;
     Some(bytes.next_multiple_of(step))
 }
 
@@ -80,18 +84,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn four_steps_per_doubling() {
+    fn classes_waste_a_quarter_and_large_ones_a_sixteenth() {
         let kib = |n: u64| n << 10;
         for (bytes, class) in
             [(1, 64), (64, 64), (65, 80), (80, 80), (81, 96), (97, 112), (113, 128), (128, 128), (129, 160)]
         {
             assert_eq!(class_of(kib(bytes)), Some(kib(class)), "{bytes} KiB");
         }
-        for bytes in [1, 65_537, 1 << 20, (1 << 30) + 1, 12_345_678_901] {
+        for bytes in [1, 65_537, 1 << 20, LARGE, LARGE + 1, (1 << 30) + 1, 12_345_678_901] {
             let class = class_of(bytes).unwrap();
             assert!(class >= bytes && class.is_multiple_of(4096), "{bytes} {class}");
-            assert!(class == SMALLEST || class - bytes <= bytes / 4, "{bytes} {class}");
+            let waste = bytes / if bytes > LARGE { 16 } else { 4 };
+            assert!(class == SMALLEST || class - bytes <= waste, "{bytes} {class}");
         }
+        assert_eq!((class_of(LARGE), class_of(LARGE + 1)), (Some(LARGE), Some(LARGE + (1 << 20))));
         assert_eq!(class_of(u64::MAX), None);
     }
 

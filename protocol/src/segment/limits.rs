@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "ignoring a signal is unsafe in nix, because a handler might not be safe")]
 
 use std::fs;
-use std::io::BufRead;
+use std::io::Read;
 
 use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
@@ -168,16 +168,16 @@ fn available_in_shm() -> Option<u64> {
 }
 
 fn count_maps() -> Option<u64> {
-    let mut maps = std::io::BufReader::with_capacity(1 << 16, fs::File::open("/proc/self/maps").ok()?);
+    let mut maps = fs::File::open("/proc/self/maps").ok()?;
+    // Not from the heap: there may be no address space left, and a refused allocation is the end of the process.
+    let mut part = [0; 4096];
     let mut count = 0;
     loop {
-        let seen = maps.fill_buf().ok()?;
-        if seen.is_empty() {
+        let read = maps.read(&mut part).ok()?;
+        if read == 0 {
             return Some(count);
         }
-        count += seen.iter().filter(|byte| **byte == b'\n').count() as u64;
-        let used = seen.len();
-        maps.consume(used);
+        count += part.iter().take(read).filter(|byte| **byte == b'\n').count() as u64;
     }
 }
 

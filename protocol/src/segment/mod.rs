@@ -13,15 +13,15 @@ mod limits;
 mod mapping;
 mod memfd;
 mod name;
+mod pages;
 mod posix;
 
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
-use memmap2::{Advice, MmapOptions, MmapRaw};
+use memmap2::{MmapOptions, MmapRaw};
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::stat::fstat;
 use nix::unistd::ftruncate;
 
@@ -35,9 +35,6 @@ pub use posix::open_read_only;
 
 use limits::{Step, refused};
 use mapping::errno;
-
-/// Pages are reserved in steps of this many bytes: a signal makes the kernel throw away the step it was in.
-const RESERVE_STEP: u64 = 64 << 20;
 
 /// A segment with its owner: the daemon.
 ///
@@ -78,14 +75,15 @@ impl Segment {
             }
         };
         ftruncate(&fd, size.cast_signed()).map_err(|errno| fail(Step::Reserve, errno))?;
-        reserve(fd.as_fd(), size).map_err(|errno| fail(Step::Reserve, errno))?;
         let memory = MmapOptions::new()
             .len(length)
             .map_raw(fd.as_raw_fd())
             .map_err(|error| fail(Step::Map, errno(&error)))?;
-        if name.kind != Kind::Input {
-            populate(&memory).map_err(|errno| fail(Step::Populate, errno))?;
-        }
+        let made = match name.kind {
+            Kind::Input => pages::reserve(fd.as_fd(), size),
+            Kind::Result | Kind::Window => pages::reserve_and_populate(fd.as_fd(), &memory),
+        };
+        made.map_err(|(step, errno)| fail(step, errno))?;
         let fd = match (backing, name.kind) {
             (Backing::Memfd, _) => {
                 memfd::seal(fd.as_fd(), name, size)?;
@@ -155,8 +153,8 @@ impl Segment {
             let (what, name, backing) = ("refilling a client's holes", self.name, self.backing);
             return Err(SegmentError::Unsupported { what, name, backing });
         }
-        reserve(self.fd(), self.len() as u64).map_err(|errno| self.refused(Step::Reserve, errno))?;
-        populate(&self.memory).map_err(|errno| self.refused(Step::Populate, errno))
+        pages::reserve_and_populate(self.fd(), &self.memory)
+            .map_err(|(step, errno)| self.refused(step, errno))
     }
 
     fn refused(&self, step: Step, errno: Errno) -> SegmentError {
@@ -172,29 +170,5 @@ impl fmt::Debug for Segment {
             .field("fd", &self.fd.as_raw_fd())
             .field("backing", &self.backing)
             .finish()
-    }
-}
-
-/// Reserves the pages, which `ftruncate` does not.
-fn reserve(fd: BorrowedFd<'_>, size: u64) -> Result<(), Errno> {
-    let mut done = 0;
-    while done < size {
-        let step = RESERVE_STEP.min(size - done);
-        match fallocate(fd, FallocateFlags::empty(), done.cast_signed(), step.cast_signed()) {
-            Ok(()) => done += step,
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno),
-        }
-    }
-    Ok(())
-}
-
-/// Maps all pages for writing. (`MAP_POPULATE` would leave the first write of each page a fault.)
-fn populate(memory: &MmapRaw) -> Result<(), Errno> {
-    loop {
-        match memory.advise(Advice::PopulateWrite).map_err(|error| errno(&error)) {
-            Err(Errno::EINTR) => {}
-            result => return result,
-        }
     }
 }
