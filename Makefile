@@ -85,7 +85,7 @@ test-loom:
 test-python: $(VENV)/.wheel $(WEIGHTS_READY)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-bench: $(VENV)/.wheel $(WEIGHTS_READY)
+bench: $(VENV)/.wheel $(VENV)/.bench-requirements
 	$(PY) benches/run.py $(BENCH_ARGS)
 
 # An hour or more by default. Shorter: SOAK_KILLS=2000 (clients killed; daemons in proportion), SOAK_HOSTILE=1 (times 60,000 messages),
@@ -120,6 +120,10 @@ $(VENV)/.created:
 	touch $@
 
 $(VENV)/.requirements: tests/requirements.txt $(VENV)/.created
+	$(PIP) install -r $<
+	touch $@
+
+$(VENV)/.bench-requirements: benches/requirements.txt $(VENV)/.requirements
 	$(PIP) install -r $<
 	touch $@
 

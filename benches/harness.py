@@ -59,16 +59,21 @@ def vectors(rows: int, dim: int, seed: int = 0) -> tuple[np.ndarray, pa.Table]:
 def take_turns(cases: dict[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, list[float]]:
     """Seconds of each call of each case, the cases taking turns of so many ``calls``.
 
-    There are ``rounds`` turns, before them two to warm up, which are not counted.
+    There are ``rounds`` turns, before them two to warm up, which are not counted. A case that takes a core
+    while it waits has ``begin`` and ``end``, so that it does so in its own turns only.
     """
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(rounds + 2):
         for name, run in cases.items():
+            if begin := getattr(run, "begin", None):
+                begin()
             for _ in range(calls):
                 start = time.perf_counter()
                 run()
                 if turn >= 2:
                     times[name].append(time.perf_counter() - start)
+            if end := getattr(run, "end", None):
+                end()
     return times
 
 

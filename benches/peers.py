@@ -1,13 +1,11 @@
-"""What users would otherwise run or send over: each peer is a function of one float32 matrix."""
+"""What users would otherwise run in their own process: each peer is a function of one float32 matrix."""
 
 from __future__ import annotations
 
-import multiprocessing
+import sys
 from collections.abc import Callable
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.flight as flight
 
 
 def numpy_int8_rows(x: np.ndarray) -> Callable[[], None]:
@@ -62,46 +60,49 @@ def gguf_q8_0(x: np.ndarray) -> Callable[[], None]:
     return lambda: quants.quantize(x, GGMLQuantizationType.Q8_0)
 
 
-class FlightPeer:
-    """Arrow Flight between processes: the table goes over, a quarter of it comes back; no arithmetic."""
+def faiss_sq8(x: np.ndarray, threads: int) -> Callable[[], np.ndarray]:
+    """faiss' 8-bit scalar quantizer, a range for each dimension: training and codes."""
+    import faiss
 
-    def __init__(self, x: np.ndarray) -> None:
-        rows, dim = x.shape
-        self.table = pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), dim)})
-        here, there = multiprocessing.Pipe()
-        self.process = multiprocessing.get_context("spawn").Process(
-            target=serve_flight, args=(there, rows, dim)
-        )
-        self.process.start()
-        self.client = flight.connect(f"grpc+tcp://127.0.0.1:{here.recv()}")
+    faiss.omp_set_num_threads(threads)
+    quantizer = faiss.ScalarQuantizer(x.shape[1], faiss.ScalarQuantizer.QT_8bit)
 
-    def __call__(self) -> None:
-        writer, reader = self.client.do_exchange(flight.FlightDescriptor.for_command(b"q"))
-        writer.begin(self.table.schema)
-        # Batches as large as gRPC takes without complaint.
-        writer.write_table(
-            self.table, max_chunksize=max(1, (64 << 20) // (4 * self.table["x"].type.list_size))
-        )
-        writer.done_writing()
-        reader.read_all()
-        writer.close()
+    def run() -> np.ndarray:
+        quantizer.train(x)
+        return quantizer.compute_codes(x)
 
-    def close(self) -> None:
-        self.client.close()
-        self.process.kill()
-        self.process.join()
+    return run
 
 
-def serve_flight(pipe, rows: int, dim: int) -> None:
-    """Receive everything, answer with int8 vectors of the same shape that exist already."""
-    answer = pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(rows * dim, np.int8)), dim)})
+def torch_int8_rows(x: np.ndarray, threads: int, compiled: bool) -> Callable[[], object]:
+    """Symmetric int8 per row in torch, as it is written or compiled."""
+    import torch
 
-    class Server(flight.FlightServerBase):
-        def do_exchange(self, context, descriptor, reader, writer) -> None:
-            reader.read_all()
-            writer.begin(answer.schema)
-            writer.write_table(answer, max_chunksize=max(1, (64 << 20) // dim))
+    torch.set_num_threads(threads)
+    values = torch.from_numpy(x)
 
-    server = Server("grpc+tcp://127.0.0.1:0")
-    pipe.send(server.port)
-    server.serve()
+    def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = values.abs().amax(dim=1, keepdim=True) / 127
+        return torch.round(values / scale).to(torch.int8), scale
+
+    function = torch.compile(quantize) if compiled else quantize
+    return lambda: function(values)
+
+
+def of_this_machine(x: np.ndarray, threads: int) -> dict[str, Callable[[], object]]:
+    """All that is installed, by name."""
+    wanted: dict[str, Callable[[], Callable[[], object]]] = {
+        "onnxruntime DynamicQuantizeLinear": lambda: onnxruntime_dynamic(x, threads),
+        "faiss SQ 8 bit, train and encode": lambda: faiss_sq8(x, threads),
+        "torch int8 row": lambda: torch_int8_rows(x, threads, compiled=False),
+        "torch.compile int8 row": lambda: torch_int8_rows(x, threads, compiled=True),
+        "numpy int8 row": lambda: numpy_int8_rows(x),
+        "gguf-py Q8_0": lambda: gguf_q8_0(x),
+    }
+    found = {}
+    for name, make in wanted.items():
+        try:
+            found[name] = make()
+        except ImportError as missing:
+            print(f"{name}: not compared, {missing}", file=sys.stderr)
+    return found

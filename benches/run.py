@@ -27,7 +27,11 @@ PARTS = {"speed": speed, "clients": clients, "cold": cold}
 
 
 def write_docs(out: Path) -> None:
-    """Put what the parts have written into the page."""
+    """Put what the parts have written into the page and the plots."""
+    # Not installed for those who only measure.
+    import plots
+
+    shown = {}
     page = DOCS / "performance.md"
     text = page.read_text()
     for name, part in PARTS.items():
@@ -36,12 +40,17 @@ def write_docs(out: Path) -> None:
             print(f"docs: {name} has not been measured, its tables stay")
             continue
         results = json.loads(written.read_text())
-        shown = f"Measured on {results['machine']}.\n\n{part.tables(results)}"
+        shown[name] = results
+        images = "\n".join(
+            f"![{plot.__doc__.rstrip('.')}]({file}.svg)" for file, of, plot in plots.PLOTS if of == name
+        )
+        block = f"Measured on {results['machine']}.\n\n{images}\n\n{part.tables(results)}"
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
-        text, found = marked.subn(lambda m, shown=shown: f"{m[1]}{shown}\n{m[2]}", text)
+        text, found = marked.subn(lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text)
         if found != 1:
             raise RuntimeError(f"{page} has {found} places for {name}, not 1")
     page.write_text(text)
+    plots.draw(shown, DOCS)
 
 
 def measure(name: str, quick: bool, out: Path) -> None:

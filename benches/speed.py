@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import limits
 import peers
+import transports
 from harness import Daemon, median_ratio, p99, take_turns, vectors
 from shmquant import ShmQuantizer
 
@@ -19,7 +20,7 @@ def throughput(address: str, mib: int, rounds: int) -> list[dict]:
     x, table = vectors(mib * (1 << 20) // (4 * DIM), DIM, seed=mib)
     threads = min(2, len(os.sched_getaffinity(0)))
     q = ShmQuantizer(address=address)
-    flight = peers.FlightPeer(x)
+    others = transports.of_this_machine(x)
 
     def ours(**options: object) -> Callable[[], None]:
         return lambda: q.quantize(table, **options).release()
@@ -30,13 +31,13 @@ def throughput(address: str, mib: int, rounds: int) -> list[dict]:
         "shmquant int8 group 128": ours(scheme="int8", granularity="group", group_size=128),
         "shmquant uint4 group 128": ours(scheme="uint4", granularity="group", group_size=128),
         "shmquant uint8 tensor": ours(scheme="uint8", granularity="tensor"),
-        "onnxruntime DynamicQuantizeLinear": peers.onnxruntime_dynamic(x, threads),
-        "numpy int8 row": peers.numpy_int8_rows(x),
-        "gguf-py Q8_0": peers.gguf_q8_0(x),
-        "Arrow Flight, there and a quarter back": flight,
+        "shmquant uint8 dimension": ours(scheme="uint8", granularity="dimension"),
+        **peers.of_this_machine(x, threads),
+        **{f"{name}, there and a quarter back": each for name, each in others.items()},
     }
     times = take_turns(cases, rounds)
-    flight.close()
+    for other in others.values():
+        other.close()
     copy = times["memcpy, 2 threads"]
     return [
         {
@@ -60,6 +61,7 @@ def latency(address: str, sleepy: str, rounds: int) -> list[dict]:
     q = ShmQuantizer(address=address)
     quiet = ShmQuantizer(address=sleepy, poll=False)
     bare = limits.SocketPeer()
+    others = transports.of_this_machine(x)
     cases = {
         "bare socket round trip, without polling": bare,
         "shmquant, result object": lambda: q.quantize(table, scheme="int8"),
@@ -67,10 +69,13 @@ def latency(address: str, sleepy: str, rounds: int) -> list[dict]:
         "shmquant, result object, without polling": lambda: quiet.quantize(table, scheme="int8"),
         "shmquant, with .table, without polling": lambda: quiet.quantize(table, scheme="int8").table,
         "numpy in process": peers.numpy_int8_rows(x),
+        **{f"{name}, 4 KiB there, 1 KiB back": each for name, each in others.items()},
     }
     # In runs: a peer that was left alone for a while has gone to sleep, which is another measurement.
     times = take_turns(cases, rounds, calls=100)
     bare.close()
+    for other in others.values():
+        other.close()
     return [
         {
             "case": name,
