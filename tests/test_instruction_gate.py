@@ -12,6 +12,10 @@ import pytest
 PROGRAM = Path(__file__).parents[1] / "benches" / "gate" / "gate.py"
 
 
+# As if it were run: beside it lies what it imports.
+sys.path.insert(0, str(PROGRAM.parent))
+
+
 def load():
     spec = importlib.util.spec_from_file_location("instruction_gate", PROGRAM)
     module = importlib.util.module_from_spec(spec)
@@ -32,6 +36,28 @@ def test_kernels_take_no_more_instructions():
         pytest.skip(f"instructions are not compared: {reason}")
     print("\n".join(notes))
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+def test_a_small_request_takes_no_more_instructions():
+    figures = json.loads(gate.FIGURES.read_text())
+    try:
+        gate.check_tools()
+        gate.check_compiler(figures, gate.compiler())
+        gate.check_requests(figures)
+    except gate.Unable as reason:
+        pytest.skip(f"instructions are not compared: {reason}")
+    wrong, notes = gate.compare_requests(figures, gate.request.measure())
+    print("\n".join(notes))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_more_instructions_of_a_request_are_told():
+    kept = {"instructions_per_request": {"daemon": 1000, "client": 2000}}
+    assert gate.compare_requests(kept, {"daemon": 1049, "client": 1901}) == ([], [])
+    wrong, notes = gate.compare_requests(kept, {"daemon": 1051, "client": 1899})
+    assert [text.split(":")[0] for text in wrong + notes] == ["daemon", "client"]
+    assert len(wrong) == 1
 
 
 def test_more_instructions_are_told():

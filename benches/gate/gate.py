@@ -1,4 +1,4 @@
-"""Instructions per value of the hot kernels, counted by callgrind and held against those in figures.json.
+"""Instructions per value of the hot kernels and of one small request, held against those in figures.json.
 
 Instructions do not depend on what else the machine does, so this can be a gate where times cannot. Figures
 belong to one compiler: another one makes other code. Callgrind runs what valgrind's own CPU has, which is
@@ -21,10 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import request
+
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = Path(__file__).with_name("figures.json")
 # Code of the same compiler differs a little with where buffers lie.
 ALLOWED = 0.02
+# Of a request, threads that keep house are counted, too.
+ALLOWED_REQUEST = 0.05
 
 
 class Unable(Exception):
@@ -86,11 +90,28 @@ def count(program: Path, path: str, case: str) -> int:
     return int(totals.split()[1])
 
 
-def measure() -> Counted:
-    """Counts every case on every path that valgrind can run."""
-    for tool in ("valgrind", "cargo", "rustc"):
+def check_tools() -> None:
+    """Whether there is what it takes."""
+    for tool in ("valgrind", "callgrind_control", "cargo", "rustc"):
         if shutil.which(tool) is None:
             raise Unable(f"{tool} is not installed")
+
+
+def check_compiler(figures: dict, here: str) -> None:
+    """Whether the figures are of the compiler that is here."""
+    if figures["compiler"] != here:
+        raise Unable(f"the figures are of {figures['compiler']}, this is {here}")
+
+
+def check_requests(figures: dict) -> None:
+    """Whether there are figures of a request."""
+    if "instructions_per_request" not in figures:
+        raise Unable("no figures of a request are kept; `python benches/gate/gate.py --update` makes them")
+
+
+def measure() -> Counted:
+    """Counts every case on every path that valgrind can run."""
+    check_tools()
     program = build()
     here = listed(run(program))
     cases = listed(run("valgrind", "--quiet", "--tool=none", program))
@@ -105,8 +126,7 @@ def measure() -> Counted:
 
 def compare(figures: dict, counted: Counted) -> tuple[list[str], list[str]]:
     """What is wrong, and what is only worth saying."""
-    if figures["compiler"] != counted.compiler:
-        raise Unable(f"the figures are of {figures['compiler']}, this is {counted.compiler}")
+    check_compiler(figures, counted.compiler)
     wrong, notes = [], []
     kept = figures["instructions_per_value"]
     for path in sorted(kept.keys() | counted.figures.keys()):
@@ -125,23 +145,42 @@ def compare(figures: dict, counted: Counted) -> tuple[list[str], list[str]]:
     return wrong, notes
 
 
+def compare_requests(figures: dict, counted: dict[str, float]) -> tuple[list[str], list[str]]:
+    """The same for a request, by side."""
+    wrong, notes = [], []
+    for side, before in figures["instructions_per_request"].items():
+        now = counted[side]
+        told = f"{side}: {now} instructions a request, {before} before"
+        if now > before * (1 + ALLOWED_REQUEST):
+            wrong.append(told)
+        elif now < before * (1 - ALLOWED_REQUEST):
+            notes.append(told)
+    return wrong, notes
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="write the figures anew")
     options = parser.parse_args()
     try:
         counted = measure()
+        requests = request.measure()
         if options.update:
             kept = {
                 "compiler": counted.compiler,
                 "valgrind": run("valgrind", "--version").strip(),
                 "not_counted": counted.not_counted,
+                "instructions_per_request": requests,
                 "instructions_per_value": counted.figures,
             }
             FIGURES.write_text(json.dumps(kept, indent=2) + "\n")
             print(f"wrote {FIGURES.relative_to(ROOT)}: {', '.join(counted.figures)}")
             return 0
-        wrong, notes = compare(json.loads(FIGURES.read_text()), counted)
+        figures = json.loads(FIGURES.read_text())
+        wrong, notes = compare(figures, counted)
+        check_requests(figures)
+        more = compare_requests(figures, requests)
+        wrong, notes = wrong + more[0], notes + more[1]
     except Unable as reason:
         print(f"instructions are not compared: {reason}")
         return 0
