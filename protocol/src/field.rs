@@ -12,6 +12,7 @@ pub const MAX_DEPTH: u32 = 32;
 const NULLABLE: u8 = 1;
 const ORDERED: u8 = 2;
 const SORTED: u8 = 4;
+const TIMESTAMP: u8 = 25;
 const DICTIONARY: u8 = 50;
 
 /// Lengths of one node of a kept column and of its children; buffers in Arrow's IPC order.
@@ -76,6 +77,9 @@ pub fn read_field(r: &mut Reader<'_>, name: &str, depth: u32) -> Result<Field, W
         children.push(read_field(r, name, depth + 1)?);
     }
     let bad = || WireError::Value { what: "type", value: u64::from(code) };
+    if !zone.is_empty() && code != TIMESTAMP {
+        return Err(WireError::Value { what: "type with a timezone", value: u64::from(code) });
+    }
     let data_type = match code {
         40..=42 | 44 | DICTIONARY => {
             let [child] = <[Field; 1]>::try_from(children).map_err(|_| bad())?;
@@ -196,7 +200,7 @@ fn code_of(data_type: &DataType) -> Result<(u8, i32, i32), UnsupportedType> {
         DataType::Date64 => (21, 0, 0),
         DataType::Time32(unit) => (22, unit_code(*unit), 0),
         DataType::Time64(unit) => (23, unit_code(*unit), 0),
-        DataType::Timestamp(unit, _) => (25, unit_code(*unit), 0),
+        DataType::Timestamp(unit, _) => (TIMESTAMP, unit_code(*unit), 0),
         DataType::Duration(unit) => (26, unit_code(*unit), 0),
         DataType::Binary => (30, 0, 0),
         DataType::LargeBinary => (31, 0, 0),
@@ -251,7 +255,7 @@ fn leaf(code: u8, a: i32, b: i32, zone: &str) -> Option<DataType> {
         21 => DataType::Date64,
         22 => DataType::Time32(unit_of(a).filter(|_| a < 2)?),
         23 => DataType::Time64(unit_of(a).filter(|_| a >= 2)?),
-        25 => DataType::Timestamp(unit_of(a)?, (!zone.is_empty()).then(|| zone.into())),
+        TIMESTAMP => DataType::Timestamp(unit_of(a)?, (!zone.is_empty()).then(|| zone.into())),
         26 => DataType::Duration(unit_of(a)?),
         30 => DataType::Binary,
         31 => DataType::LargeBinary,
@@ -284,4 +288,25 @@ fn nested(code: u8, a: i32, flags: u8, child: Field) -> Option<DataType> {
 
 fn is_dictionary(data_type: &DataType) -> bool {
     matches!(data_type, DataType::Dictionary(..))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timezone_belongs_to_a_timestamp() {
+        let zoned = DataType::Timestamp(TimeUnit::Second, Some("UTC".into()));
+        let mut bytes = Vec::new();
+        write_field(&mut Writer::new(&mut bytes), &Field::new("at", zoned.clone(), true)).unwrap();
+        let read = |bytes: &[u8]| read_field(&mut Reader::new(bytes), "at", 0);
+        assert_eq!(read(&bytes).unwrap().data_type(), &zoned);
+        for code in [1, 12, 20, 32] {
+            bytes[0] = code;
+            let error = read(&bytes).unwrap_err();
+            assert!(
+                matches!(error, WireError::Value { what: "type with a timezone", value } if value == u64::from(code))
+            );
+        }
+    }
 }
