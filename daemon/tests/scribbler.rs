@@ -162,7 +162,7 @@ struct Outcomes {
 
 /// Sends the request again and again while its window is scribbled upon.
 fn quantize_scribbled(daemon: &Daemon, table: &Table, times: u64, seed: u64) -> Outcomes {
-    let client = Client::new(daemon);
+    let mut client = Client::new(daemon);
     let mut outcomes = Outcomes::default();
     let mut lane = client.lane(daemon, MIN_WINDOW);
     let mut left = times;
@@ -198,6 +198,9 @@ fn quantize_scribbled(daemon: &Daemon, table: &Table, times: u64, seed: u64) -> 
             drop(ending);
             scribbler.join().unwrap();
         });
+        // The windows of lanes that have ended are charged until this client has let go of them.
+        client.ask(&Message::Ping).unwrap();
+        client.answer_notices();
         lane = client.lane(daemon, MIN_WINDOW);
     }
     outcomes
