@@ -438,6 +438,8 @@ def test_values_that_lie_in_an_input(session, lane, rows):
     said = json.loads(session.stat())
     assert said["bytes_shared"] - asked["bytes_shared"] == 4 * rows * k * 4
     session.release(lease)
+    # A release is not answered, and the lane is another connection.
+    session.ping()
     wrong = d.Descriptor(d.COLUMNS, [INT8_ROWS], rows, [d.Item(d.VECTOR, "gone", rows, k, 0, **placed)])
     assert error_of(lane.quantize, wrong, [[b""]]).code == "GONE"
     again, _ = lane.allocate(len(values) * 4 + 64)
