@@ -282,7 +282,11 @@ class Soak:
         # A leak of one of these for each client, request or kill would be thousands.
         for name, most in (("private", 16 * MIB), ("fds", 100), ("mappings", 100)):
             if half:
-                early, late = (max(s[name] for s in part) for part in (after[:half], after[half:]))
+                # Segments take one of each; how many there are follows the load, up to the budget.
+                known = "segments" if name != "private" else None
+                early, late = (
+                    max(s[name] - s.get(known, 0) for s in part) for part in (after[:half], after[half:])
+                )
                 growth[name] = late - early
                 # Load is random, so peaks of two halves differ; a leak goes on and does not.
                 if late > early * 1.25 + most:
