@@ -311,7 +311,7 @@ impl<'a> Encoder<'a> {
         self.counters.n_clipped += clipped - infinities.min(clipped);
     }
 
-    pub(crate) fn finish(self, nulled_rows: &mut Vec<u64>) -> Counters {
+    pub(crate) fn finish(&self, nulled_rows: &mut Vec<u64>) -> Counters {
         nulled_rows.extend_from_slice(&self.source.nulled);
         self.counters
     }
