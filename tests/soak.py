@@ -283,9 +283,10 @@ class Soak:
         for name, most in (("private", 16 * MIB), ("fds", 100), ("mappings", 100)):
             if half:
                 # Segments take one of each; how many there are follows the load, up to the budget.
-                known = "segments" if name != "private" else None
+                known = 0 if name == "private" else 1
                 early, late = (
-                    max(s[name] - s.get(known, 0) for s in part) for part in (after[:half], after[half:])
+                    max(s[name] - known * s["segments"] for s in part)
+                    for part in (after[:half], after[half:])
                 )
                 growth[name] = late - early
                 # Load is random, so peaks of two halves differ; a leak goes on and does not.
