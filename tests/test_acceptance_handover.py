@@ -40,9 +40,9 @@ def test_handing_over_takes_no_memory(serve, way):
     assert late["daemon"]["segments"] <= early["daemon"]["segments"] + 2 <= 8
     assert late["daemon"]["fds"] <= early["daemon"]["fds"] + 2
     assert late["daemon"]["bytes"] <= early["daemon"]["bytes"] + MIB
-    # All but the first few lie in memory that was used before.
+    # Small results share segments, which are filled and used again over and over.
     assert late["requests"] == TIMES + 20
-    assert late["recycled"] >= late["requests"] - 10
+    assert late["recycled"] >= late["requests"] // 256
 
 
 VALGRIND = ["valgrind", "--undef-value-errors=no", "--leak-check=no", "--num-callers=40"]

@@ -29,6 +29,8 @@ from shmquant import DeadlineError, NoRoomError, ShmQuantizer
 from shmquant._session import start_prefix
 
 SMALL = np.ones((64, 64), np.float32)
+# Smaller results would share segments.
+OWN_SEGMENT = np.ones((640, 64), np.float32)
 # Comes to 4 MiB, and is streamed through the smallest window.
 BIG = np.ones((4096, 1024), np.float32)
 
@@ -68,7 +70,7 @@ def quantize_many(q: ShmQuantizer, most: int = 1000) -> None:
     """Hold results until there is no more room; they are dropped with the error."""
     held = []
     for _ in range(most):
-        held.append(q.quantize(SMALL, timeout=10))
+        held.append(q.quantize(OWN_SEGMENT, timeout=10))
     raise AssertionError(f"{most} results and no shortage")
 
 
@@ -193,7 +195,7 @@ def test_idle_memory_of_others_takes_no_descriptors_away(serve):
     """One session's pool is full of idle segments; another one's request gets their descriptors."""
     daemon = serve()
     q = ShmQuantizer(daemon.address, window=4 * MIB)
-    held = [q.quantize(SMALL) for _ in range(40)]
+    held = [q.quantize(OWN_SEGMENT) for _ in range(40)]
     taken = len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
     # Room for a session, a lane and its window, and for no results.
     limit = max(map(int, os.listdir(f"/proc/{daemon.process.pid}/fd"))) + 9
@@ -202,7 +204,7 @@ def test_idle_memory_of_others_takes_no_descriptors_away(serve):
     eventually(lambda: stat(q)["leases"] == 0)
     assert taken > 40
     with Child(HOLDS_SMALL, daemon.address, 30) as other:
-        assert other.answer() == [64] * 30
+        assert other.answer() == [640] * 30
         assert stat(q)["retired"] >= 16
         assert other.end() == 0
     assert q.quantize(SMALL).table.num_rows == 64
@@ -213,7 +215,7 @@ import json, sys, numpy as np
 from shmquant import ShmQuantizer
 
 q = ShmQuantizer(sys.argv[1], window=4 << 20)
-held = [q.quantize(np.ones((64, 64), "f4")) for _ in range(int(sys.argv[2]))]
+held = [q.quantize(np.ones((640, 64), "f4")) for _ in range(int(sys.argv[2]))]
 print(json.dumps([r.table.num_rows for r in held]), flush=True)
 """
 

@@ -93,7 +93,7 @@ def test_what_was_said_survives_a_reset(address):
     session = Session(address)
     # The daemon closes after the first one, with the others unread.
     session.socket.setblocking(False)
-    with contextlib.suppress(BrokenPipeError, BlockingIOError):
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError, BlockingIOError):
         for _ in range(50):
             session.ask("HELLO")
     session.socket.settimeout(30)

@@ -255,9 +255,9 @@ impl Books {
                 sent += 1;
                 sent_bytes += entry.size;
             }
-            for (session, _) in &entry.leases {
+            for (session, holds) in &entry.leases {
                 let (count, bytes) = of.entry(*session).or_default();
-                *count += 1;
+                *count += if entry.shared { u64::from(*holds) } else { 1 };
                 *bytes += entry.size;
                 if *session == asked.session {
                     oldest = Some(oldest.map_or(entry.since, |o| o.min(entry.since)));

@@ -19,8 +19,9 @@ use crate::lane::Lane;
 use crate::life::{Life, ResultLife, WindowLife};
 use crate::memory::{Memory, SegmentMemory};
 use crate::pool::Pool;
-use crate::registry::{Entry, Registry};
+use crate::registry::{Entry, Part, Registry};
 use crate::session::Session;
+use crate::shared::Open;
 use crate::tickets::Tickets;
 
 /// Everything that the lock protects.
@@ -47,6 +48,8 @@ pub(crate) struct Account {
     pub(crate) lanes: BTreeMap<u32, Arc<Lane>>,
     last_lane: u32,
     pub(crate) pool: Pool,
+    /// Where its next small result goes.
+    pub(crate) open: Option<Open>,
     /// Segments that it leases or maps.
     pub(crate) segments: HashSet<u64>,
     /// Leases and outstanding tickets.
@@ -81,6 +84,8 @@ struct Effects {
 pub(crate) struct Taken {
     pub(crate) id: u64,
     pub(crate) memory: Arc<SegmentMemory>,
+    /// Where what is made of it begins.
+    pub(crate) offset: u64,
     /// It was used before.
     pub(crate) recycled: bool,
 }
@@ -110,6 +115,7 @@ impl Books {
             lanes: BTreeMap::new(),
             last_lane: 0,
             pool: Pool::default(),
+            open: None,
             segments: HashSet::new(),
             holds: 0,
             last_grant: 0,
@@ -221,11 +227,12 @@ impl Books {
             _ => Life::Window(WindowLife::Writing),
         })?;
         entry.generation += 1;
-        entry.length = 0;
-        entry.pinned = true;
+        entry.parts.clear();
+        entry.shared = false;
+        entry.writers = 1;
         entry.created = SystemTime::now();
         self.counters.recycled += 1;
-        Ok(Some(Taken { id, memory, recycled: true }))
+        Ok(Some(Taken { id, memory, offset: 0, recycled: true }))
     }
 
     /// Enters a new segment that a job fills.
@@ -237,36 +244,43 @@ impl Books {
     ) -> Result<Taken, Trouble> {
         let mut entry = new_entry(id, home, Kind::Result, memory.clone());
         entry.go(Life::Result(ResultLife::Filling))?;
-        entry.pinned = true;
+        entry.writers = 1;
         self.registry.insert(entry);
-        Ok(Taken { id, memory, recycled: false })
+        Ok(Taken { id, memory, offset: 0, recycled: false })
     }
 
     /// The job has written everything.
-    pub(crate) fn complete(&mut self, id: u64, length: u64) -> Result<(), Trouble> {
-        let Some(entry) = self.registry.get_mut(id) else { return Err(Trouble::Lost) };
-        entry.go(Life::Result(ResultLife::Complete))?;
-        entry.pinned = false;
-        entry.length = length;
-        Ok(())
+    pub(crate) fn complete(&mut self, taken: &Taken, length: u64) -> Result<Extent, Trouble> {
+        let Some(entry) = self.registry.get_mut(taken.id) else { return Err(Trouble::Lost) };
+        // The first one of several makes the segment complete; others follow where nobody has read.
+        if !entry.is_complete() {
+            entry.go(Life::Result(ResultLife::Complete))?;
+        }
+        entry.writers = entry.writers.saturating_sub(1);
+        let part = Part { offset: taken.offset, length };
+        entry.parts.push(part);
+        Ok(Extent { segment: entry.id, generation: entry.generation, offset: part.offset, length })
     }
 
     /// The job has failed; nobody has ever seen what it wrote.
     pub(crate) fn abort(&mut self, id: u64) {
-        if let Some(entry) = self.registry.get_mut(id) {
-            entry.pinned = false;
+        let Some(entry) = self.registry.get_mut(id) else { return };
+        entry.writers = entry.writers.saturating_sub(1);
+        if !entry.is_held() {
             self.free_or_retire(id);
         }
     }
 
     /// Gives a session one more hold on a complete result, or on an input of its own.
-    pub(crate) fn lease(&mut self, session: u64, id: u64) -> Result<Granted, Trouble> {
+    pub(crate) fn lease(&mut self, session: u64, extent: Extent) -> Result<Granted, Trouble> {
+        let id = extent.segment;
         let most = self.max_holds;
         let account = self.sessions.get_mut(&session).ok_or(Trouble::Lost)?;
         if account.holds >= most {
             return Err(too_many_holds(most));
         }
-        let entry = self.registry.get_mut(id).filter(|e| e.is_leasable()).ok_or_else(gone)?;
+        let entry =
+            self.registry.get_mut(id).filter(|e| e.is_leasable() && e.has(&extent)).ok_or_else(gone)?;
         entry.add_lease(session);
         entry.exposed |= session != entry.home;
         account.holds += 1;
@@ -275,8 +289,7 @@ impl Books {
         if fd {
             entry.mapped.push(session);
         }
-        let lease =
-            Lease { extent: entry.extent(), segment_size: entry.size, fd, dataset: entry.datasets > 0 };
+        let lease = Lease { extent, segment_size: entry.size, fd, dataset: entry.datasets > 0 };
         Ok(Granted { lease, memory: entry.memory.clone().filter(|_| fd) })
     }
 
@@ -360,6 +373,7 @@ impl Books {
             return;
         }
         account.pool.put(id, entry.kind, entry.size);
+        account.open.take_if(|open| open.id == id);
         failpoint("daemon.recycled");
         let mut over = Vec::new();
         while account.pool.bytes() > cap
@@ -387,12 +401,15 @@ impl Books {
             tracing::error!("{error}");
             return;
         }
-        let size = entry.size;
+        let (size, home) = (entry.size, entry.home);
         self.effects.drops.extend(entry.memory.take());
         for session in &entry.mapped {
             if let Some(account) = self.sessions.get(session) {
                 self.effects.notices.push((account.session.clone(), id));
             }
+        }
+        if let Some(account) = self.sessions.get_mut(&home) {
+            account.open.take_if(|open| open.id == id);
         }
         self.counters.retired += 1;
         self.registry.note_leaving(size);
@@ -516,9 +533,10 @@ pub(crate) fn new_entry(id: u64, home: u64, kind: Kind, memory: Arc<SegmentMemor
         },
         home,
         memory: Some(memory),
-        length: 0,
+        parts: Vec::new(),
+        shared: false,
         leases: Vec::new(),
-        pinned: false,
+        writers: 0,
         readers: 0,
         tickets: 0,
         datasets: 0,

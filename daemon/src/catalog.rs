@@ -27,13 +27,21 @@ impl Fingerprint {
     }
 }
 
+/// Where a dataset comes from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Origin {
+    /// The result that was published: the dataset's own extent, or what it is a copy of.
+    pub(crate) extent: Extent,
+    /// Unknown for a result that was published later.
+    pub(crate) fingerprint: Option<Fingerprint>,
+}
+
 /// A result under a name.
 #[derive(Debug, Clone)]
 pub(crate) struct Dataset {
     pub(crate) name: String,
     pub(crate) extent: Extent,
-    /// Unknown for a result that was published later.
-    pub(crate) fingerprint: Option<Fingerprint>,
+    pub(crate) origin: Origin,
     pub(crate) created: SystemTime,
     pub(crate) pid: i32,
     pub(crate) command: String,
@@ -69,7 +77,7 @@ impl Catalog {
     /// Asks for a name; with [`Found::Mine`] the asker must call [`land`](Self::land).
     pub(crate) fn reserve(&mut self, name: &str, fingerprint: Fingerprint, replace: bool) -> Found {
         if let Some(dataset) = self.get(name) {
-            if dataset.fingerprint == Some(fingerprint) {
+            if dataset.origin.fingerprint == Some(fingerprint) {
                 return Found::Existing(dataset.extent);
             }
             if !replace {
@@ -127,10 +135,11 @@ mod tests {
     use super::*;
 
     fn dataset(name: &str, segment: u64, fingerprint: Fingerprint) -> Dataset {
+        let extent = Extent { segment, generation: 1, offset: 0, length: 1 };
         Dataset {
             name: name.to_owned(),
-            extent: Extent { segment, generation: 1, offset: 0, length: 1 },
-            fingerprint: Some(fingerprint),
+            extent,
+            origin: Origin { extent, fingerprint: Some(fingerprint) },
             created: SystemTime::UNIX_EPOCH,
             pid: 1,
             command: String::new(),
@@ -189,10 +198,11 @@ mod tests {
                     }
                     2 => {
                         let segment = serial as u64;
+                        let extent = Extent { segment, generation: 1, offset: 0, length: 1 };
                         let before = catalog.put(Dataset {
                             name: name.to_owned(),
-                            extent: Extent { segment, generation: 1, offset: 0, length: 1 },
-                            fingerprint: replace.then(|| print(kind)),
+                            extent,
+                            origin: Origin { extent, fingerprint: replace.then(|| print(kind)) },
                             created: SystemTime::UNIX_EPOCH,
                             pid: 1,
                             command: String::new(),

@@ -62,7 +62,7 @@ impl Default for Config {
             max_window: 256 << 20,
             max_lanes: 64,
             max_sessions: 1024,
-            max_holds: 1 << 16,
+            max_holds: 1 << 18,
             max_datasets: 1 << 14,
             poll: true,
             idle_exit: None,

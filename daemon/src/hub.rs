@@ -100,7 +100,7 @@ impl Hub {
     }
 
     /// Frees a part of the memory that nobody uses, and waits until it is gone; false if there was none.
-    fn shed_idle(&self) -> bool {
+    pub(crate) fn shed_idle(&self) -> bool {
         if !self.books().retire_idle() {
             return false;
         }

@@ -18,6 +18,7 @@ use crate::lane::{Answered, Current, Room, grow};
 use crate::life::{Life, WindowLife};
 use crate::memory::SegmentMemory;
 use crate::pool::class_of;
+use crate::registry::Part;
 use crate::requests::Answer;
 
 /// What `ALLOC` says.
@@ -189,17 +190,18 @@ impl Books {
         }
         let mut entry = new_entry(id, home, kind, memory.clone());
         entry.go(Life::Window(WindowLife::Writing))?;
-        entry.pinned = true;
+        entry.writers = 1;
         self.registry.insert(entry);
-        Ok(Taken { id, memory, recycled: false })
+        Ok(Taken { id, memory, offset: 0, recycled: false })
     }
 
     /// Leases an input to its session, which may write its first `bytes` bytes.
     pub(crate) fn offer(&mut self, session: u64, id: u64, bytes: u64) -> Result<Granted, Trouble> {
         let entry = self.registry.get_mut(id).ok_or(Trouble::Lost)?;
-        entry.pinned = false;
-        entry.length = bytes;
-        let granted = self.lease(session, id);
+        entry.writers = 0;
+        entry.parts = vec![Part { offset: 0, length: bytes }];
+        let extent = Extent { segment: id, generation: entry.generation, offset: 0, length: bytes };
+        let granted = self.lease(session, extent);
         if granted.is_err() {
             self.settle(id);
         }
@@ -209,7 +211,7 @@ impl Books {
     /// Gives up a segment that was not given to anybody.
     pub(crate) fn discard(&mut self, id: u64) {
         if let Some(entry) = self.registry.get_mut(id) {
-            entry.pinned = false;
+            entry.writers = 0;
             self.retire(id);
         }
     }
@@ -217,7 +219,7 @@ impl Books {
     /// Holds an extent of the session's for a request that reads it.
     pub(crate) fn pin(&mut self, session: u64, extent: Extent) -> Result<Arc<SegmentMemory>, Trouble> {
         let entry = self.registry.leased_mut(extent.segment, extent.generation);
-        let entry = entry.filter(|e| e.leases_of(session) > 0 && e.extent() == extent).ok_or_else(gone)?;
+        let entry = entry.filter(|e| e.leases_of(session) > 0 && e.has(&extent)).ok_or_else(gone)?;
         let memory = entry.memory.clone().ok_or_else(gone)?;
         if entry.readers == 0 && entry.is_input() {
             entry.go(Life::Window(WindowLife::Submitted))?;

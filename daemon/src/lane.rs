@@ -292,7 +292,12 @@ pub(crate) struct Growth<'a> {
     bytes: u64,
 }
 
-impl Growth<'_> {
+impl<'a> Growth<'a> {
+    /// What admission has granted.
+    pub(crate) fn new(hub: &'a Hub, bytes: u64) -> Self {
+        Self { hub, bytes }
+    }
+
     /// The bytes are in the registry: the caller has just entered them, under the same lock.
     pub(crate) fn done(mut self, books: &mut Books) {
         books.grown(std::mem::take(&mut self.bytes));
@@ -348,7 +353,7 @@ pub(crate) fn grow<'a>(
         match verdict {
             Verdict::Granted => {
                 failpoint("daemon.admitted");
-                return Ok(Room::New(Growth { hub, bytes }));
+                return Ok(Room::New(Growth::new(hub, bytes)));
             }
             Verdict::Refused(failure) => return Err(Trouble::Refused(failure)),
             Verdict::Wait => {

@@ -32,6 +32,7 @@ mod requests;
 mod serve;
 mod server;
 mod session;
+mod shared;
 mod stat;
 mod tickets;
 mod wake;

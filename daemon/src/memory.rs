@@ -75,18 +75,18 @@ impl Drop for SegmentMemory {
     }
 }
 
-/// Copies the first `len` bytes of memory that a client may be writing to into private memory; false if
-/// there are not so many.
-pub(crate) fn copy_out(memory: &dyn Memory, len: usize, out: &mut Vec<u8>) -> bool {
+/// Copies `len` bytes from `at` on of memory that a client may be writing to into private memory; false if
+/// they are not there.
+pub(crate) fn copy_out(memory: &dyn Memory, at: usize, len: usize, out: &mut Vec<u8>) -> bool {
     out.clear();
-    if len > memory.len() || out.try_reserve_exact(len).is_err() {
+    if at.checked_add(len).is_none_or(|end| end > memory.len()) || out.try_reserve_exact(len).is_err() {
         return false;
     }
-    // SAFETY: both sides have `len` bytes (checked, reserved) and do not overlap: one is a private
+    // SAFETY: both sides have `len` bytes (checked, reserved), the first from `at` on, and do not overlap: one is a private
     // allocation. Bytes that change meanwhile are copied in one state or another, and only the copy is
     // looked at; u8 has no invalid values. The length is set to what was written.
     unsafe {
-        std::ptr::copy_nonoverlapping(memory.as_ptr().cast_const(), out.as_mut_ptr(), len);
+        std::ptr::copy_nonoverlapping(memory.as_ptr().wrapping_add(at).cast_const(), out.as_mut_ptr(), len);
         out.set_len(len);
     }
     true

@@ -11,7 +11,7 @@ use shmquant_protocol::segment::Kind;
 use shmquant_protocol::socket::SocketError;
 
 use crate::books::{Granted, Taken};
-use crate::catalog::{Fingerprint, Found};
+use crate::catalog::{Fingerprint, Found, Origin};
 use crate::ending;
 use crate::engine::{Observer, Outcome, Run, Work};
 use crate::error::Trouble;
@@ -19,11 +19,12 @@ use crate::hub::Hub;
 use crate::inputs::Pins;
 use crate::job::Job;
 use crate::lane::{Answered, Current, Lane, Room, Window, grow, stopping};
-use crate::memory::{Memory, copy_in, copy_out, poison};
+use crate::memory::{copy_in, copy_out, poison};
 use crate::plan::{Plan, Plans, refuse};
 use crate::pool::class_of;
 use crate::requests::{Answer, name_exists};
 use crate::session::Busy;
+use crate::shared;
 
 /// Requests of at most so many bytes run on the lane's own thread: waking a worker costs more.
 const INLINE: u64 = 256 << 10;
@@ -103,7 +104,7 @@ pub(crate) fn quantize(
 
     let filling = allocate(current, plan.result_bytes(), flight.is_some(), deadline)?;
     let (input, output) = (window.memory.clone(), filling.taken.memory.clone());
-    let job = Arc::new(Job::new(plan.clone(), input, &pins.sources, output, 0)?);
+    let job = Arc::new(Job::new(plan.clone(), input, &pins.sources, output, filling.taken.offset)?);
     run(current, &flow, &job)?;
     // No chunk runs any more: what the client has given back meanwhile is free.
     drop(pins);
@@ -111,11 +112,15 @@ pub(crate) fn quantize(
     let complete = job.complete()?;
     failpoint("daemon.file_written");
     let report = complete.report.len() as u64;
-    if !copy_in(&*window.memory, &complete.report) || complete.length > filling.taken.memory.len() as u64 {
+    if !copy_in(&*window.memory, &complete.report) || complete.length > plan.result_bytes() {
         tracing::error!(report, complete.length, "a job's report or file is longer than was planned");
         return Err(Trouble::new(ErrorCode::Internal, "the result is longer than was planned", ""));
     }
-    let Some(length) = ending::repeat(&*filling.taken.memory, complete.length) else {
+    // Only what has its segment to itself can be published, and so be mapped by a path.
+    let whole = !is_small(plan.result_bytes(), flight.is_some());
+    let length =
+        if whole { ending::repeat(&*filling.taken.memory, complete.length) } else { Some(complete.length) };
+    let Some(length) = length else {
         tracing::error!(complete.length, "a job's file does not end with a footer");
         return Err(Trouble::new(ErrorCode::Internal, "the result has no end", ""));
     };
@@ -134,7 +139,7 @@ fn copy_descriptor(window: &Window, bytes: u64, scratch: &mut Vec<u8>) -> Result
         ));
     }
     // From here on only the private copy is looked at.
-    if !copy_out(&*window.memory, bytes as usize, scratch) {
+    if !copy_out(&*window.memory, 0, bytes as usize, scratch) {
         return Err(Trouble::new(
             ErrorCode::NoRoom,
             format!("no memory for {bytes} bytes of description"),
@@ -196,7 +201,7 @@ fn reserve_name<'a>(
                 }
                 Found::Taken => return Err(name_exists(&naming.name)),
                 Found::Existing(extent) => {
-                    return Ok(Reserved::Existing(books.lease(current.lane.session.id, extent.segment)?));
+                    return Ok(Reserved::Existing(books.lease(current.lane.session.id, extent)?));
                 }
                 Found::InFlight => books.add_waiting(current.lane),
             }
@@ -253,12 +258,21 @@ fn allocate<'a>(
 ) -> Result<Filling<'a>, Trouble> {
     let hub = current.hub;
     let session = current.lane.session.id;
+    let small = is_small(bytes, named);
     // A dataset stays and is never recycled: it gets memory of its own size, not a class's, nor a larger free segment.
-    let size = if named { Some(bytes.next_multiple_of(PAGE)) } else { class_of(bytes) };
+    let size = match (small, named) {
+        (true, _) => Some(shared::SEGMENT),
+        (_, true) => Some(bytes.next_multiple_of(PAGE)),
+        _ => class_of(bytes),
+    };
     let Some(size) = size else {
         return Err(Trouble::new(ErrorCode::NoRoom, format!("a result of {bytes} bytes cannot exist"), ""));
     };
-    let pooled = if named { None } else { hub.books().take_pooled(session, Kind::Result, size)? };
+    let pooled = match (small, named) {
+        (true, _) => hub.books().take_small(session, bytes)?,
+        (_, true) => None,
+        _ => hub.books().take_pooled(session, Kind::Result, size)?,
+    };
     let taken = match pooled {
         Some(taken) => taken,
         None => match grow(current, size, (!named).then_some(Kind::Result), deadline)? {
@@ -274,11 +288,19 @@ fn allocate<'a>(
         },
     };
     let filling = Filling { hub, taken, armed: true };
+    if small && filling.taken.offset == 0 {
+        hub.books().share(session, &filling.taken, bytes);
+    }
     if filling.taken.recycled {
         poison(&*filling.taken.memory);
     }
     failpoint("daemon.filling");
     Ok(filling)
+}
+
+/// Whether a result shares its segment.
+fn is_small(bytes: u64, named: bool) -> bool {
+    bytes <= shared::MOST && !named
 }
 
 // Work.
@@ -422,10 +444,10 @@ fn finish(
     let id = filling.taken.id;
     books.counters.bytes_copied += plan.streamed_bytes();
     books.counters.bytes_shared += plan.shared_bytes();
-    books.complete(id, length)?;
+    let extent = books.complete(&filling.taken, length)?;
     filling.armed = false;
     failpoint("daemon.completed");
-    let granted = books.lease(session.id, id);
+    let granted = books.lease(session.id, extent);
     let mut granted = match granted {
         Ok(granted) => granted,
         Err(trouble) => {
@@ -434,9 +456,9 @@ fn finish(
         }
     };
     if let (Some(flight), Some(naming)) = (&flight, named) {
-        let (extent, most) = (granted.lease.extent, hub.config.max_datasets);
-        let fingerprint = Some(flight.fingerprint);
-        match books.publish(session, extent, naming.name, naming.replace, fingerprint, most) {
+        let most = hub.config.max_datasets;
+        let origin = Origin { extent, fingerprint: Some(flight.fingerprint) };
+        match books.publish(session, extent, origin, naming.name, naming.replace, most) {
             Ok(()) => granted.lease.dataset = true,
             Err(trouble) => {
                 books.unlease(session.id, &granted.lease);

@@ -14,6 +14,13 @@ use shmquant_protocol::segment::Kind;
 use crate::life::{IllegalMove, Life, ResultLife, WindowLife};
 use crate::memory::SegmentMemory;
 
+/// A complete result inside a segment, or the part of an input that its client may write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+}
+
 /// One segment.
 #[derive(Debug)]
 pub(crate) struct Entry {
@@ -27,12 +34,14 @@ pub(crate) struct Entry {
     pub(crate) home: u64,
     /// Gone once retired; the segment itself lives until the last job lets go.
     pub(crate) memory: Option<Arc<SegmentMemory>>,
-    /// Bytes of the complete extent, which begins at 0.
-    pub(crate) length: u64,
+    /// What is complete in it: one result or input at 0, or several small results.
+    pub(crate) parts: Vec<Part>,
+    /// Small results of its session share it.
+    pub(crate) shared: bool,
     /// Holds by session.
     pub(crate) leases: Vec<(u64, u32)>,
-    /// A job writes here, or it is about to be given out.
-    pub(crate) pinned: bool,
+    /// Jobs that write here; 1 also if it is about to be given out.
+    pub(crate) writers: u32,
     /// Requests that read values here.
     pub(crate) readers: u32,
     pub(crate) tickets: u32,
@@ -49,9 +58,17 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// The extent, as far as it is known.
-    pub(crate) fn extent(&self) -> Extent {
-        Extent { segment: self.id, generation: self.generation, offset: 0, length: self.length }
+    /// Whether this is a complete extent of it.
+    pub(crate) fn has(&self, extent: &Extent) -> bool {
+        let Extent { segment, generation, offset, length } = *extent;
+        (segment, generation) == (self.id, self.generation)
+            // The newest are asked for most.
+            && self.parts.iter().rev().any(|part| *part == Part { offset, length })
+    }
+
+    /// Bytes of all that is complete in it.
+    pub(crate) fn length(&self) -> u64 {
+        self.parts.iter().map(|part| part.length).sum()
     }
 
     /// Takes a step of the life cycle.
@@ -81,7 +98,11 @@ impl Entry {
     }
 
     pub(crate) fn is_held(&self) -> bool {
-        !self.leases.is_empty() || self.pinned || self.readers > 0 || self.tickets > 0 || self.datasets > 0
+        !self.leases.is_empty()
+            || self.writers > 0
+            || self.readers > 0
+            || self.tickets > 0
+            || self.datasets > 0
     }
 
     /// Whether nothing but tickets holds it: nobody reads it, and it has no name.

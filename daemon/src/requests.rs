@@ -8,12 +8,13 @@ use shmquant_protocol::message::{ErrorCode, Extent, Lease, Message, Target};
 use shmquant_protocol::socket::SocketError;
 
 use crate::books::{Books, Granted, gone, too_many_holds};
-use crate::catalog::{Dataset, Fingerprint};
+use crate::catalog::{Dataset, Origin};
 use crate::error::Trouble;
 use crate::hub::Hub;
 use crate::memory::SegmentMemory;
 use crate::port::Port;
 use crate::session::{Session, random};
+use crate::shared;
 use crate::stat;
 
 /// A reply, with the hold that has to be taken back if it cannot be delivered.
@@ -117,8 +118,7 @@ fn answer(hub: &Hub, session: &Session, message: Message) -> Result<Answer, Trou
             Ok(Answer { ticket: Some(ticket), ..Answer::plain(Message::Ticketed { ticket, secret }) })
         }
         Message::Publish { extent, replace, name } => {
-            let most = hub.config.max_datasets;
-            hub.books().publish(session, extent, name, replace, None, most)?;
+            shared::publish(hub, session, extent, name, replace)?;
             failpoint("daemon.published");
             plain(Message::Published)
         }
@@ -141,8 +141,8 @@ impl Books {
                 let Some(dataset) = self.catalog.get(&name) else {
                     return Err(no_dataset(&name));
                 };
-                let segment = dataset.extent.segment;
-                Ok((self.lease(session, segment)?, name))
+                let extent = dataset.extent;
+                Ok((self.lease(session, extent)?, name))
             }
             Target::Ticket(number, secret) => {
                 let Some(ticket) = self.tickets.find(number, &secret) else {
@@ -152,16 +152,25 @@ impl Books {
                         "a pickled result can be loaded once; publish it by name to share it with many",
                     ));
                 };
-                let granted = self.lease(session, ticket.segment)?;
+                let granted = self.lease(session, ticket.extent)?;
                 self.end_ticket(number);
                 Ok((granted, String::new()))
             }
             Target::Again(extent) => {
                 let entry = self.registry.leased_mut(extent.segment, extent.generation);
-                let entry = entry.filter(|e| e.leases_of(session) > 0).ok_or_else(gone)?;
+                let entry = entry.filter(|e| e.leases_of(session) > 0 && e.has(&extent)).ok_or_else(gone)?;
                 // Whatever was sent before did not arrive.
+                let before = entry.mapped.len();
                 entry.mapped.retain(|s| *s != session);
-                Ok((self.lease(session, extent.segment)?, String::new()))
+                let sent = entry.mapped.len() < before;
+                let granted = self.lease(session, extent);
+                if granted.is_err()
+                    && sent
+                    && let Some(entry) = self.registry.get_mut(extent.segment)
+                {
+                    entry.mapped.push(session);
+                }
+                Ok((granted?, String::new()))
             }
         }
     }
@@ -177,16 +186,16 @@ impl Books {
             return Err(too_many_holds(most));
         }
         let entry = self.registry.complete_mut(extent.segment, extent.generation);
-        let entry = entry.filter(|e| e.leases_of(session) > 0 && e.extent() == extent).ok_or_else(gone)?;
+        let entry = entry.filter(|e| e.leases_of(session) > 0 && e.has(&extent)).ok_or_else(gone)?;
         entry.tickets += 1;
         self.account(session)?.holds += 1;
-        Ok(self.tickets.add(secret, extent.segment, extent.generation, session))
+        Ok(self.tickets.add(secret, extent, session))
     }
 
     /// Removes a ticket and its hold.
     pub(crate) fn end_ticket(&mut self, number: u64) {
         if let Some(ticket) = self.tickets.remove(number) {
-            self.ticket_ended(ticket.segment, ticket.generation, ticket.sender);
+            self.ticket_ended(ticket.extent, ticket.sender);
         }
     }
 
@@ -194,7 +203,7 @@ impl Books {
     pub(crate) fn expire_tickets(&mut self, ttl: std::time::Duration) {
         while let Some(ticket) = self.tickets.take_expired(ttl) {
             self.counters.expired_tickets += 1;
-            self.ticket_ended(ticket.segment, ticket.generation, ticket.sender);
+            self.ticket_ended(ticket.extent, ticket.sender);
         }
     }
 
@@ -203,18 +212,18 @@ impl Books {
         let tickets = self.tickets.take_orphans(self.max_holds(), batch);
         self.counters.expired_tickets += tickets.len() as u64;
         for ticket in &tickets {
-            self.ticket_ended(ticket.segment, ticket.generation, ticket.sender);
+            self.ticket_ended(ticket.extent, ticket.sender);
         }
         !tickets.is_empty()
     }
 
-    fn ticket_ended(&mut self, segment: u64, generation: u64, sender: u64) {
+    fn ticket_ended(&mut self, extent: Extent, sender: u64) {
         if let Ok(account) = self.account(sender) {
             account.holds = account.holds.saturating_sub(1);
         }
-        if let Some(entry) = self.registry.complete_mut(segment, generation) {
+        if let Some(entry) = self.registry.complete_mut(extent.segment, extent.generation) {
             entry.tickets = entry.tickets.saturating_sub(1);
-            self.settle(segment);
+            self.settle(extent.segment);
         }
     }
 
@@ -223,19 +232,47 @@ impl Books {
         &mut self,
         session: &Session,
         extent: Extent,
+        origin: Origin,
         name: String,
         replace: bool,
-        fingerprint: Option<Fingerprint>,
         most: u64,
     ) -> Result<(), Trouble> {
         let entry = self.registry.complete_mut(extent.segment, extent.generation);
-        let entry = entry.filter(|e| e.leases_of(session.id) > 0 && e.extent() == extent).ok_or_else(gone)?;
-        if let Some(there) = self.catalog.get(&name) {
-            if there.extent == extent {
-                return Ok(());
+        entry.filter(|e| e.leases_of(session.id) > 0 && e.has(&extent)).ok_or_else(gone)?;
+        if self.is_published(&origin, &name, replace, most)? {
+            return Ok(());
+        }
+        let Some(entry) = self.registry.get_mut(extent.segment) else { return Err(gone()) };
+        entry.datasets += 1;
+        entry.exposed = true;
+        let before = self.catalog.put(Dataset {
+            name,
+            extent,
+            origin,
+            created: SystemTime::now(),
+            pid: session.pid,
+            command: session.command.clone(),
+        });
+        if let Some(before) = before {
+            self.unpublished(&before);
+        }
+        Ok(())
+    }
+
+    /// Whether a result has a name already, or may have it.
+    pub(crate) fn is_published(
+        &self,
+        origin: &Origin,
+        name: &str,
+        replace: bool,
+        most: u64,
+    ) -> Result<bool, Trouble> {
+        if let Some(there) = self.catalog.get(name) {
+            if there.origin.extent == origin.extent {
+                return Ok(true);
             }
             if !replace {
-                return Err(name_exists(&name));
+                return Err(name_exists(name));
             }
         } else if self.catalog.len() as u64 >= most {
             return Err(Trouble::new(
@@ -245,23 +282,13 @@ impl Books {
             ));
         }
         // The request that holds the flight comes with a fingerprint; others must not take its name.
-        if fingerprint.is_none() && !replace && self.catalog.flights().any(|(flight, _)| flight == name) {
-            return Err(name_exists(&name));
+        if origin.fingerprint.is_none()
+            && !replace
+            && self.catalog.flights().any(|(flight, _)| flight == name)
+        {
+            return Err(name_exists(name));
         }
-        entry.datasets += 1;
-        entry.exposed = true;
-        let before = self.catalog.put(Dataset {
-            name,
-            extent,
-            fingerprint,
-            created: SystemTime::now(),
-            pid: session.pid,
-            command: session.command.clone(),
-        });
-        if let Some(before) = before {
-            self.unpublished(&before);
-        }
-        Ok(())
+        Ok(false)
     }
 
     pub(crate) fn drop_dataset(&mut self, name: &str) -> Result<(), Trouble> {

@@ -6,12 +6,13 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
+use shmquant_protocol::message::Extent;
+
 /// One outstanding ticket.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Ticket {
     secret: [u8; 16],
-    pub(crate) segment: u64,
-    pub(crate) generation: u64,
+    pub(crate) extent: Extent,
     /// The session that sent it.
     pub(crate) sender: u64,
     made: Instant,
@@ -34,9 +35,9 @@ struct Sender {
 }
 
 impl Tickets {
-    pub(crate) fn add(&mut self, secret: [u8; 16], segment: u64, generation: u64, sender: u64) -> u64 {
+    pub(crate) fn add(&mut self, secret: [u8; 16], extent: Extent, sender: u64) -> u64 {
         self.last += 1;
-        self.tickets.insert(self.last, Ticket { secret, segment, generation, sender, made: Instant::now() });
+        self.tickets.insert(self.last, Ticket { secret, extent, sender, made: Instant::now() });
         self.senders.entry(sender).or_default().numbers.insert(self.last);
         self.last
     }
@@ -109,7 +110,9 @@ mod tests {
     fn whoever_left_most_loses_its_oldest() {
         let mut tickets = Tickets::default();
         let mut add = |sender, n: u64| {
-            (0..n).map(|segment| tickets.add([0; 16], segment, 1, sender)).collect::<Vec<u64>>()
+            (0..n)
+                .map(|segment| tickets.add([0; 16], Extent { segment, ..Extent::default() }, sender))
+                .collect::<Vec<u64>>()
         };
         let (many, few, alive) = (add(1, 40), add(2, 3), add(3, 50));
         for ended in [1, 2, 9] {
@@ -127,7 +130,7 @@ mod tests {
             gone.extend(batch);
         }
         assert_eq!(tickets.orphans(), 6);
-        assert!(gone.iter().map(|t| t.segment).eq(0..37), "the oldest ones");
+        assert!(gone.iter().map(|t| t.extent.segment).eq(0..37), "the oldest ones");
         let left = |numbers: &[u64]| numbers.iter().filter(|n| tickets.find(**n, &[0; 16]).is_some()).count();
         assert_eq!((left(&many), left(&few), left(&alive)), (3, 3, 50));
         // Opened or expired, they are no orphans any more.

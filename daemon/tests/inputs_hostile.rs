@@ -209,7 +209,8 @@ fn a_result_can_be_a_source_and_is_only_read() {
     let daemon = daemon(|_| {});
     let client = Client::new(&daemon);
     let mut lane = client.lane(&daemon, MIN_WINDOW);
-    let (lease, _) = lane.quantize(&rows(64)).unwrap();
+    // Small ones would share a segment, and be held with it.
+    let (lease, _) = lane.quantize(&rows(256)).unwrap();
     let before = bytes_of(&lane, &lease);
     // Whatever is in it: these are floats of some value.
     let mut table = placed(rows(1), 0, lease.extent);

@@ -73,6 +73,7 @@ pub const ALL: &[&str] = &[
     "daemon.unpinned",
     // Sharing.
     "daemon.ticket_made",
+    "daemon.copied",
     "daemon.opened",
     "daemon.published",
     "daemon.dropped",

@@ -13,12 +13,17 @@ use shmquant_protocol::socket::Connection;
 
 use super::*;
 use crate::admission::{Asked, Verdict};
+use crate::catalog::Origin;
 use crate::headroom::Headroom;
 use crate::memory::copy_in;
 use crate::reaper::Dead;
 
 mod check;
 mod inputs;
+mod names;
+mod shared;
+
+use shared::Part;
 
 const BUDGET: u64 = 256 << 10;
 const MAX_HOLDS: u64 = 8;
@@ -53,15 +58,15 @@ struct Seen {
     readers: u32,
     exposed: bool,
     reaped: bool,
-    /// What was written when it was completed: nothing else may be read until it is used again.
-    canary: u64,
+    /// Where results were completed, and what was written there: nothing else may be read until it is used again.
+    parts: Vec<(u64, u64)>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Ticketed {
     number: u64,
     secret: [u8; 16],
-    segment: u64,
+    extent: Extent,
     sender: u64,
 }
 
@@ -78,6 +83,8 @@ struct World {
     pins: Vec<u64>,
 
     alive: BTreeSet<u64>,
+    /// Where the next small result of a session goes.
+    open: BTreeMap<u64, (u64, u64)>,
     segments: BTreeMap<u64, Seen>,
     tickets: Vec<Ticketed>,
     names: BTreeMap<String, u64>,
@@ -108,6 +115,7 @@ impl World {
             windows: Vec::new(),
             pins: Vec::new(),
             alive: BTreeSet::new(),
+            open: BTreeMap::new(),
             segments: BTreeMap::new(),
             tickets: Vec::new(),
             names: BTreeMap::new(),
@@ -134,8 +142,18 @@ impl World {
         leases.map(|n| u64::from(*n)).sum::<u64>() + tickets
     }
 
-    fn extent(&self, id: u64) -> Extent {
-        self.books.registry.get(id).map(Entry::extent).unwrap()
+    /// One of the extents of a segment, if it has any.
+    fn extent(&self, id: u64, at: u8) -> Extent {
+        let seen = &self.segments[&id];
+        let (offset, length) = match seen.state {
+            State::Input => (0, 64),
+            _ => pick(&seen.parts, at).map_or((0, 0), |(offset, _)| (*offset, 64)),
+        };
+        Extent { segment: id, generation: seen.generation, offset, length }
+    }
+
+    fn writers(&self, id: u64) -> usize {
+        self.jobs.iter().filter(|taken| taken.id == id).count()
     }
 
     fn leases_of(&self, session: u64, id: u64) -> u32 {
@@ -147,20 +165,27 @@ impl World {
     /// The last hold may have gone: free on proof, otherwise retired.
     fn settle(&mut self, id: u64) {
         let named = self.names.values().any(|s| *s == id);
-        let ticketed = self.tickets.iter().any(|t| t.segment == id);
+        let ticketed = self.tickets.iter().any(|t| t.extent.segment == id);
+        let written = self.writers(id) > 0;
         let Some(seen) = self.segments.get_mut(&id) else { return };
         let leasable = matches!(seen.state, State::Complete | State::Input);
-        if !leasable || named || ticketed || seen.readers > 0 || !seen.leases.is_empty() {
+        if !leasable || named || ticketed || written || seen.readers > 0 || !seen.leases.is_empty() {
             return;
         }
         let cap = self.books.admission.limit() / 4;
         let proven = !seen.exposed && self.alive.contains(&seen.home) && seen.size <= cap;
         seen.state = if proven { State::Free } else { State::Retired };
+        self.open.retain(|_, (open, _)| *open != id);
     }
 
-    fn expect_lease(&mut self, session: u64, id: u64, granted: Result<Granted, Trouble>) -> Option<Lease> {
+    fn expect_lease(
+        &mut self,
+        session: u64,
+        extent: Extent,
+        granted: Result<Granted, Trouble>,
+    ) -> Option<Lease> {
+        let id = extent.segment;
         let full = self.holds(session) >= MAX_HOLDS;
-        let extent = self.segments.get(&id).map(|_| self.extent(id));
         let dataset = self.names.values().any(|s| *s == id);
         let alive = self.alive.contains(&session);
         let leasable = |s: &&mut Seen| matches!(s.state, State::Complete | State::Input);
@@ -173,7 +198,7 @@ impl World {
         let fd = seen.mapped.insert(session);
         *seen.leases.entry(session).or_default() += 1;
         seen.exposed |= session != seen.home;
-        let expected = Lease { extent: extent.unwrap(), segment_size: seen.size, fd, dataset };
+        let expected = Lease { extent, segment_size: seen.size, fd, dataset };
         assert_eq!(granted.lease, expected);
         assert_eq!(granted.memory.is_some(), fd);
         Some(granted.lease)
@@ -205,6 +230,7 @@ impl World {
             26..=28 => self.input(a, b),
             29 | 30 => self.pin(a, b, c),
             31 => self.unpin(a),
+            32..=34 => self.small(a),
             _ => self.decay(a),
         }
     }
@@ -222,6 +248,7 @@ impl World {
     fn end_session(&mut self, a: u8) {
         let Some(session) = self.session(a) else { return };
         let segments = self.books.end_session(session.id);
+        self.open.remove(&session.id);
         if self.alive.remove(&session.id) {
             self.ended.push((session.id, segments));
         } else {
@@ -264,6 +291,8 @@ impl World {
             assert!((size..=2 * size).contains(&seen.size), "{seen:?}");
             seen.state = State::Filling;
             seen.generation += 1;
+            seen.parts.clear();
+            self.share(session.id, &taken, c);
             self.jobs.push(taken);
             return;
         }
@@ -309,7 +338,7 @@ impl World {
             readers: 0,
             exposed: false,
             reaped: false,
-            canary: 0,
+            parts: Vec::new(),
         };
         assert!(self.segments.insert(id, seen).is_none(), "a number was given twice");
     }
@@ -325,6 +354,7 @@ impl World {
             let (id, memory) = self.make(Kind::Result, size);
             let taken = self.books.add_result(id, session, memory).unwrap();
             self.enter(id, Kind::Result, session, size, State::Filling);
+            self.share(session, &taken, c);
             self.jobs.push(taken);
         }
         self.books.grown(size);
@@ -337,18 +367,20 @@ impl World {
         }
         let taken = self.jobs.swap_remove(usize::from(a) % self.jobs.len());
         self.canaries += 1;
-        assert!(copy_in(&*taken.memory, &self.canaries.to_le_bytes()));
+        assert!(copy_in(&Part(&taken), &self.canaries.to_le_bytes()));
+        let shared = self.is_shared(taken.id);
         let seen = self.segments.get_mut(&taken.id).unwrap();
-        assert_eq!(seen.state, State::Filling);
-        (seen.state, seen.canary) = (State::Complete, self.canaries);
+        assert!(seen.state == State::Filling || seen.state == State::Complete && shared, "{seen:?}");
+        seen.state = State::Complete;
+        seen.parts.push((taken.offset, self.canaries));
         let home = seen.home;
-        self.books.complete(taken.id, 64).unwrap();
-        let granted = self.books.lease(home, taken.id);
-        let Some(lease) = self.expect_lease(home, taken.id, granted) else {
+        let extent = self.books.complete(&taken, 64).unwrap();
+        let granted = self.books.lease(home, extent);
+        let Some(lease) = self.expect_lease(home, extent, granted) else {
             self.books.settle(taken.id);
             return self.settle(taken.id);
         };
-        if b & 3 == 0 && !self.publish_as(home, lease.extent, c) {
+        if b & 3 == 0 && !self.is_shared(taken.id) && !self.publish_as(home, lease.extent, c) {
             self.books.unlease(home, &lease);
             self.unlease(home, &lease);
         }
@@ -362,7 +394,10 @@ impl World {
         self.books.abort(taken.id);
         let seen = self.segments.get_mut(&taken.id).unwrap();
         // Nobody has seen it: the same proof as for a result without holds.
-        seen.state = State::Complete;
+        let others = self.jobs.iter().any(|job| job.id == taken.id);
+        if seen.state == State::Filling && !others {
+            seen.state = State::Complete;
+        }
         self.settle(taken.id);
     }
 
@@ -385,8 +420,8 @@ impl World {
     }
 
     /// What every way to open has in common; now and then the reply does not arrive.
-    fn opened(&mut self, session: u64, id: u64, granted: Result<Granted, Trouble>, c: u8) {
-        if let Some(lease) = self.expect_lease(session, id, granted)
+    fn opened(&mut self, session: u64, extent: Extent, granted: Result<Granted, Trouble>, c: u8) {
+        if let Some(lease) = self.expect_lease(session, extent, granted)
             && c & 3 == 3
         {
             self.books.unlease(session, &lease);
@@ -399,65 +434,30 @@ impl World {
         let name = *pick(&NAMES, b).unwrap();
         let opened = self.books.open(session.id, Target::Name(name.to_owned()));
         match self.names.get(name) {
-            Some(id) => self.opened(session.id, *id, opened.map(|(granted, _)| granted), c),
+            Some(id) => {
+                let extent = self.extent(*id, 0);
+                self.opened(session.id, extent, opened.map(|(granted, _)| granted), c);
+            }
             None => assert!(opened.is_err()),
         }
     }
 
     fn open_again(&mut self, a: u8, b: u8, c: u8) {
         let (Some(session), Some(id)) = (self.session(a), self.segment(b)) else { return };
-        let mut extent = self.extent(id);
+        let held = self.extent(id, c);
+        let mut extent = held;
         extent.generation = extent.generation.wrapping_sub(u64::from(c >> 6));
         let opened = self.books.open(session.id, Target::Again(extent)).map(|(granted, _)| granted);
         if c >> 6 != 0 || self.leases_of(session.id, id) == 0 {
             assert!(opened.is_err(), "opened again what was not held");
             return;
         }
-        if let Some(seen) = self.segments.get_mut(&id) {
+        if opened.is_ok()
+            && let Some(seen) = self.segments.get_mut(&id)
+        {
             seen.mapped.remove(&session.id);
         }
-        self.opened(session.id, id, opened, c);
-    }
-
-    fn make_ticket(&mut self, a: u8, b: u8, c: u8) {
-        let (Some(session), Some(id)) = (self.session(a), self.segment(b)) else { return };
-        let mut extent = self.extent(id);
-        extent.length = extent.length.wrapping_sub(u64::from(c >> 6));
-        let made = self.books.make_ticket(session.id, extent, [c; 16]);
-        let may = self.leases_of(session.id, id) > 0
-            && self.alive.contains(&session.id)
-            && self.segments[&id].kind == Kind::Result;
-        if may && c >> 6 == 0 && self.holds(session.id) < MAX_HOLDS {
-            let number = made.unwrap();
-            assert!(self.tickets.iter().all(|t| t.number != number));
-            self.tickets.push(Ticketed { number, secret: [c; 16], segment: id, sender: session.id });
-        } else {
-            assert!(made.is_err(), "a ticket for what is not held");
-        }
-    }
-
-    fn open_ticket(&mut self, a: u8, b: u8, c: u8) {
-        let Some(session) = self.session(a) else { return };
-        let Some(ticket) = pick(&self.tickets, b).copied() else { return };
-        let mut secret = ticket.secret;
-        secret[15] ^= c & 4;
-        let opened = self.books.open(session.id, Target::Ticket(ticket.number, secret));
-        if c & 4 != 0 {
-            assert!(opened.is_err(), "a wrong secret opened a ticket");
-            return;
-        }
-        let taken = opened.is_ok();
-        let granted = opened.map(|(granted, _)| granted);
-        // The books take the hold first and the ticket after it.
-        let lease = self.expect_lease(session.id, ticket.segment, granted);
-        assert_eq!(taken, lease.is_some());
-        if let Some(lease) = lease {
-            self.tickets.retain(|t| t.number != ticket.number);
-            if c & 3 == 3 {
-                self.books.unlease(session.id, &lease);
-                self.unlease(session.id, &lease);
-            }
-        }
+        self.opened(session.id, held, opened, c);
     }
 
     fn release(&mut self, a: u8, b: u8, c: u8) {
@@ -484,43 +484,6 @@ impl World {
         }
     }
 
-    fn publish(&mut self, a: u8, b: u8, c: u8) {
-        if let (Some(session), Some(id)) = (self.session(a), self.segment(b)) {
-            let extent = self.extent(id);
-            self.publish_as(session.id, extent, c);
-        }
-    }
-
-    fn publish_as(&mut self, session: u64, extent: Extent, c: u8) -> bool {
-        let name = *pick(&NAMES, c).unwrap();
-        let replace = c & 4 != 0;
-        let who = self.sessions.iter().find(|s| s.id == session).cloned().unwrap();
-        let done = self.books.publish(&who, extent, name.to_owned(), replace, None, MAX_DATASETS);
-        let id = extent.segment;
-        let there = self.names.get(name).copied();
-        let room = if there.is_some() { replace } else { (self.names.len() as u64) < MAX_DATASETS };
-        let result = self.segments[&id].kind == Kind::Result;
-        if self.leases_of(session, id) == 0 || !result || !room && there != Some(id) {
-            assert!(done.is_err(), "published without a hold, a right or room");
-            return false;
-        }
-        assert!(done.is_ok(), "{done:?}");
-        if let Some(seen) = self.segments.get_mut(&id) {
-            seen.exposed = true;
-        }
-        self.names.insert(name.to_owned(), id);
-        there.into_iter().for_each(|before| self.settle(before));
-        true
-    }
-
-    fn drop_name(&mut self, a: u8) {
-        let name = *pick(&NAMES, a).unwrap();
-        let dropped = self.books.drop_dataset(name);
-        let id = self.names.remove(name);
-        assert_eq!(dropped.is_ok(), id.is_some());
-        id.into_iter().for_each(|id| self.settle(id));
-    }
-
     fn reap(&mut self) {
         if let Ok(Dead::Segment(segment)) = self.reaper.1.try_recv() {
             let id = segment.name().id;
@@ -529,16 +492,6 @@ impl World {
             let seen = self.segments.get_mut(&id).unwrap();
             assert_eq!(seen.state, State::Retired, "unmapped while it may be used");
             seen.reaped = true;
-        }
-    }
-
-    fn expire(&mut self, c: u8) {
-        let ttl = if c & 7 == 0 { Duration::ZERO } else { Duration::MAX };
-        self.books.expire_tickets(ttl);
-        if ttl.is_zero() {
-            for ticket in std::mem::take(&mut self.tickets) {
-                self.settle(ticket.segment);
-            }
         }
     }
 
@@ -577,7 +530,7 @@ impl World {
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    prop::collection::vec((0u8..32, any::<u8>(), any::<u8>(), any::<u8>()), 1..120)
+    prop::collection::vec((0u8..35, any::<u8>(), any::<u8>(), any::<u8>()), 1..120)
 }
 
 proptest! {

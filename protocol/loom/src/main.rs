@@ -36,7 +36,7 @@ mod returns;
 static TRIED: AtomicUsize = AtomicUsize::new(0);
 
 fn hold(segment: u64, mapping: &std::sync::Arc<Mapping>) -> Box<Return> {
-    Return::new(Release { segment }, std::sync::Arc::clone(mapping))
+    Return::new(Release { segment }, std::sync::Arc::clone(mapping), 0)
 }
 
 /// `pushers` threads that push `each`, while this one takes twice: every hold comes out once, whoever is when.

@@ -14,7 +14,7 @@ use super::ranges::Ranges;
 use super::returns::{Return, ReturnQueue};
 use crate::descriptor::{Body, Descriptor, Item, Place};
 use crate::failpoint::failpoint;
-use crate::message::{Lease, Message, Release};
+use crate::message::{Extent, Lease, Message, Release};
 use crate::segment::{Backing, Kind, Mapping, fd_refused};
 
 /// The leases of one session.
@@ -164,14 +164,15 @@ impl Leases {
                 }
                 (None, None) => return Ok(Attached::NoDescriptor),
             };
-            cache.ranges.add(mapping.as_ptr() as usize, extent);
+            cache.ranges.add(address_of(&mapping, extent), extent);
             mapping
         };
         drop(replaced);
         self.live.fetch_add(1, Ordering::SeqCst);
         failpoint("client.leased");
         let release = Release { segment: extent.segment, generation: extent.generation, tainted: false };
-        let back = Return::new(release, mapping);
+        let address = address_of(&mapping, extent);
+        let back = Return::new(release, mapping, address);
         Ok(Attached::Held(Held::new(Arc::clone(self), back, lease, origin, Mark::now())))
     }
 
@@ -205,7 +206,7 @@ impl Leases {
         for back in self.queue.take() {
             self.live.fetch_sub(1, Ordering::SeqCst);
             let ranges = &mut cache.get_or_insert_with(|| self.cache()).ranges;
-            ranges.remove(back.mapping.as_ptr() as usize, &back.release);
+            ranges.remove(back.address, &back.release);
             backlog.push(back.release);
             // Nearly always the cache has it, too, and this is a decrement.
             if Arc::strong_count(&back.mapping) == 1 {
@@ -376,6 +377,11 @@ impl Drop for Along<'_> {
             self.leases.untake(std::mem::take(&mut self.list));
         }
     }
+}
+
+/// Where an extent that was compared with its mapping begins.
+fn address_of(mapping: &Mapping, extent: Extent) -> usize {
+    mapping.as_ptr() as usize + extent.offset as usize
 }
 
 /// A lock whose holders never leave it half-changed.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::descriptor::Place;
 use crate::message::{Extent, Release};
 
-/// Held extents by the address at which their segment is mapped.
+/// Held extents by the address at which they are mapped.
 #[derive(Debug, Default)]
 pub(super) struct Ranges {
     of: BTreeMap<usize, Range>,
@@ -19,9 +19,9 @@ struct Range {
 }
 
 impl Ranges {
-    /// Notes one more hold on an extent of the segment that is mapped at `base`.
-    pub(super) fn add(&mut self, base: usize, extent: Extent) {
-        let range = self.of.entry(base).or_insert(Range { extent, holds: 0 });
+    /// Notes one more hold on an extent that is mapped at `address`.
+    pub(super) fn add(&mut self, address: usize, extent: Extent) {
+        let range = self.of.entry(address).or_insert(Range { extent, holds: 0 });
         if range.extent != extent {
             // An earlier use of the same memory.
             *range = Range { extent, holds: 0 };
@@ -30,21 +30,21 @@ impl Ranges {
     }
 
     /// Takes one hold back.
-    pub(super) fn remove(&mut self, base: usize, release: &Release) {
-        let Some(range) = self.of.get_mut(&base) else { return };
+    pub(super) fn remove(&mut self, address: usize, release: &Release) {
+        let Some(range) = self.of.get_mut(&address) else { return };
         if (range.extent.segment, range.extent.generation) != (release.segment, release.generation) {
             return;
         }
         range.holds -= 1;
         if range.holds == 0 {
-            self.of.remove(&base);
+            self.of.remove(&address);
         }
     }
 
     /// Where `[address, address + bytes)` lies; `None` unless all of it is in one extent.
     pub(super) fn find(&self, address: usize, bytes: usize) -> Option<Place> {
-        let (base, Range { extent, .. }) = self.of.range(..=address).next_back()?;
-        let offset = ((address - base) as u64).checked_sub(extent.offset)?;
+        let (start, Range { extent, .. }) = self.of.range(..=address).next_back()?;
+        let offset = (address - start) as u64;
         let end = offset.checked_add(bytes as u64)?;
         (end <= extent.length).then_some(Place { extent: *extent, offset })
     }
@@ -72,7 +72,7 @@ mod tests {
         let first = Extent { segment: 1, generation: 1, offset: 0, length: 100 };
         let second = Extent { segment: 2, generation: 5, offset: 64, length: 10 };
         ranges.add(1000, first);
-        ranges.add(5096, second);
+        ranges.add(5160, second);
         assert_eq!(ranges.find(1000, 100), Some(Place { extent: first, offset: 0 }));
         assert_eq!(ranges.find(1099, 1), Some(Place { extent: first, offset: 99 }));
         for (address, bytes) in [(999, 1), (1000, 101), (1099, 2), (1100, 0x7fff_ffff), (1200, 1), (5159, 1)]

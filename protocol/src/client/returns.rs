@@ -13,6 +13,8 @@ use crate::segment::Mapping;
 pub(super) struct Return {
     pub(super) release: Release,
     pub(super) mapping: Arc<Mapping>,
+    /// Where the extent is mapped.
+    pub(super) address: usize,
     next: *mut Return,
 }
 
@@ -23,8 +25,8 @@ unsafe impl Sync for Return {}
 
 impl Return {
     /// Made when the hold is taken, so that giving it back needs no memory.
-    pub(super) fn new(release: Release, mapping: Arc<Mapping>) -> Box<Self> {
-        Box::new(Self { release, mapping, next: ptr::null_mut() })
+    pub(super) fn new(release: Release, mapping: Arc<Mapping>, address: usize) -> Box<Self> {
+        Box::new(Self { release, mapping, address, next: ptr::null_mut() })
     }
 }
 
@@ -118,7 +120,7 @@ mod tests {
                 scope.spawn(move || {
                     for i in 0..EACH {
                         let release = Release { segment: thread, generation: i, tainted: false };
-                        queue.push(Return::new(release, Arc::clone(mapping)));
+                        queue.push(Return::new(release, Arc::clone(mapping), 0));
                     }
                 });
             }
@@ -138,11 +140,15 @@ mod tests {
         let (queue, mapping) = (ReturnQueue::default(), mapping());
         for i in 0..3 {
             let release = Release { segment: i, generation: 0, tainted: false };
-            queue.push(Return::new(release, Arc::clone(&mapping)));
+            queue.push(Return::new(release, Arc::clone(&mapping), 0));
         }
         drop(queue.take().next());
         assert_eq!(Arc::strong_count(&mapping), 1);
-        queue.push(Return::new(Release { segment: 9, generation: 0, tainted: false }, Arc::clone(&mapping)));
+        queue.push(Return::new(
+            Release { segment: 9, generation: 0, tainted: false },
+            Arc::clone(&mapping),
+            0,
+        ));
         drop(queue);
         assert_eq!(Arc::strong_count(&mapping), 1);
     }

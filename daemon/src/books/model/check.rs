@@ -55,21 +55,25 @@ impl World {
             assert_eq!(entry.leases.iter().copied().collect::<BTreeMap<_, _>>(), seen.leases, "{id}");
             assert_eq!(entry.mapped.iter().copied().collect::<BTreeSet<_>>(), seen.mapped, "{id}");
             assert_eq!(entry.mapped.len(), seen.mapped.len(), "{id} is mapped twice by one session");
-            let tickets = self.tickets.iter().filter(|t| t.segment == *id).count();
+            let tickets = self.tickets.iter().filter(|t| t.extent.segment == *id).count();
             let datasets = self.names.values().filter(|s| *s == id).count();
             assert_eq!((entry.tickets as usize, entry.datasets as usize), (tickets, datasets), "{id}");
             assert_eq!(entry.generation, seen.generation, "{id}");
             assert_eq!((entry.home, entry.size), (seen.home, seen.size), "{id}");
             assert_eq!((entry.kind, entry.readers), (seen.kind, seen.readers), "{id}");
             assert_eq!(entry.exposed, seen.exposed, "{id}");
-            assert_eq!(entry.pinned, seen.state == State::Filling, "{id}");
+            let writers = self.jobs.iter().filter(|taken| taken.id == *id).count();
+            assert_eq!(entry.writers as usize, writers, "{id}");
             assert_eq!(entry.memory.is_none(), seen.state == State::Retired, "{id}");
             assert!(!(seen.reaped && seen.mapped.is_empty()), "{id} is kept for nobody");
             if seen.state == State::Complete
                 && let Some(memory) = &entry.memory
             {
-                assert!(copy_out(&**memory, 8, &mut buffer) && memory.len() as u64 == seen.size);
-                assert_eq!(buffer, seen.canary.to_le_bytes(), "{id} was written while it is held");
+                assert_eq!(memory.len() as u64, seen.size);
+                for (offset, canary) in &seen.parts {
+                    assert!(copy_out(&**memory, *offset as usize, 8, &mut buffer));
+                    assert_eq!(buffer, canary.to_le_bytes(), "{id} was written at {offset} while it is held");
+                }
             }
         }
         self.segments.retain(|_, s| !(s.state == State::Retired && s.reaped && s.mapped.is_empty()));
@@ -99,6 +103,7 @@ impl World {
             assert_eq!(account.holds, self.holds(*session), "holds of {session}");
             assert_eq!(account.pool.bytes(), self.free_bytes(*session), "pool of {session}");
             assert!(account.pool.bytes() <= cap, "pool of {session}");
+            assert_eq!(account.open.map(|open| (open.id, open.end)), self.open.get(session).copied());
             let has = |s: &Seen| s.mapped.contains(session) || s.leases.contains_key(session);
             let has = self.segments.iter().filter(|(_, s)| has(s)).map(|(id, _)| *id);
             let noted = account.segments.iter().copied().collect::<BTreeSet<_>>();

@@ -31,14 +31,15 @@ impl World {
         };
         self.segments.get_mut(&id).unwrap().state = State::Input;
         let granted = self.books.offer(session.id, id, 64);
-        if self.expect_lease(session.id, id, granted).is_none() {
+        let extent = self.extent(id, 0);
+        if self.expect_lease(session.id, extent, granted).is_none() {
             self.settle(id);
         }
     }
 
     pub(super) fn pin(&mut self, a: u8, b: u8, c: u8) {
         let (Some(session), Some(id)) = (self.session(a), self.segment(b)) else { return };
-        let mut extent = self.extent(id);
+        let mut extent = self.extent(id, c);
         extent.generation = extent.generation.wrapping_sub(u64::from(c & 3 == 3));
         extent.length = extent.length.wrapping_sub(u64::from(c >> 6));
         let held = self.leases_of(session.id, id) > 0;

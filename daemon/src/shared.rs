@@ -1,0 +1,161 @@
+//! Small results share a segment: a descriptor and two mappings each would otherwise bound how many can live.
+//!
+//! A session fills one such segment after the other. Each result is an extent of its own, written once, behind all
+//! that were written before; the segment is used again, or given up, as a whole, when nobody holds anything of it. So one
+//! small result that is kept keeps its whole segment.
+
+use std::time::Instant;
+
+use shmquant_protocol::failpoint::failpoint;
+use shmquant_protocol::message::Extent;
+use shmquant_protocol::segment::Kind;
+
+use crate::admission::{Asked, Verdict};
+use crate::books::{Books, Taken, gone};
+use crate::catalog::Origin;
+use crate::ending;
+use crate::error::Trouble;
+use crate::headroom::Headroom;
+use crate::hub::Hub;
+use crate::lane::{Growth, stopping};
+use crate::memory::{copy_in, copy_out};
+use crate::session::Session;
+
+/// Results of at most so many bytes share a segment.
+pub(crate) const MOST: u64 = 32 << 10;
+/// Size of a segment that is shared.
+pub(crate) const SEGMENT: u64 = 256 << 10;
+/// Where a result may begin.
+const ALIGNMENT: u64 = 64;
+
+/// The segment that takes a session's next small result.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Open {
+    pub(crate) id: u64,
+    /// What lies before is used.
+    pub(crate) end: u64,
+}
+
+impl Books {
+    /// Room for a small result in the segment that is open; `None` if there is none.
+    pub(crate) fn take_part(&mut self, session: u64, bytes: u64) -> Result<Option<Taken>, Trouble> {
+        let Some(open) = self.account(session)?.open else { return Ok(None) };
+        // Whoever else maps it has no business with what comes later.
+        let entry = self.registry.get_mut(open.id).filter(|e| e.shared && !e.exposed);
+        let end = open.end.checked_add(bytes.next_multiple_of(ALIGNMENT));
+        let (Some(entry), Some(end)) = (entry, end) else { return Ok(None) };
+        let Some(memory) = entry.memory.clone().filter(|_| end <= entry.size) else { return Ok(None) };
+        entry.writers += 1;
+        let taken = Taken { id: open.id, memory, offset: open.end, recycled: false };
+        self.account(session)?.open = Some(Open { end, ..open });
+        Ok(Some(taken))
+    }
+
+    /// Room for a small result: behind the last one, or a free segment of the session's own.
+    pub(crate) fn take_small(&mut self, session: u64, bytes: u64) -> Result<Option<Taken>, Trouble> {
+        match self.take_part(session, bytes)? {
+            Some(taken) => Ok(Some(taken)),
+            None => self.take_pooled(session, Kind::Result, SEGMENT),
+        }
+    }
+
+    /// Has a segment, which `taken` is the first part of, take the session's next small results, too.
+    pub(crate) fn share(&mut self, session: u64, taken: &Taken, bytes: u64) {
+        let Some(entry) = self.registry.get_mut(taken.id) else { return };
+        entry.shared = true;
+        let open = Open { id: taken.id, end: bytes.next_multiple_of(ALIGNMENT) };
+        if let Ok(account) = self.account(session) {
+            account.open = Some(open);
+        }
+    }
+}
+
+/// Publishes a result that the session leases. A dataset is a segment of its own, which can be mapped by its path: one that
+/// shares its segment is copied, which takes a few microseconds.
+pub(crate) fn publish(
+    hub: &Hub,
+    session: &Session,
+    extent: Extent,
+    name: String,
+    replace: bool,
+) -> Result<(), Trouble> {
+    let most = hub.config.max_datasets;
+    let origin = Origin { extent, fingerprint: None };
+    let mut books = hub.books();
+    let entry = books.registry.complete_mut(extent.segment, extent.generation);
+    let entry = entry.filter(|e| e.leases_of(session.id) > 0 && e.has(&extent)).ok_or_else(gone)?;
+    if !entry.shared {
+        return books.publish(session, extent, origin, name, replace, most);
+    }
+    let memory = entry.memory.clone().ok_or_else(gone)?;
+    // What is held meanwhile is not used again.
+    entry.readers += 1;
+    let done = books.is_published(&origin, &name, replace, most);
+    drop(books);
+    let _reading = Reading { hub, id: extent.segment };
+    if done? {
+        return Ok(());
+    }
+    let mut bytes = Vec::new();
+    if !copy_out(&*memory, extent.offset as usize, extent.length as usize, &mut bytes) {
+        return Err(gone());
+    }
+    let size = extent.length.next_multiple_of(4096);
+    let growth = promise(hub, session, size)?;
+    let (id, memory) = hub.make_segment(Kind::Result, size)?;
+    let length = copy_in(&*memory, &bytes).then(|| ending::repeat(&*memory, extent.length)).flatten();
+    let mut books = hub.books();
+    let taken = books.add_result(id, session.id, memory)?;
+    growth.done(&mut books);
+    failpoint("daemon.copied");
+    let Some(length) = length else {
+        books.abort(id);
+        return Err(gone());
+    };
+    let copy = books.complete(&taken, length)?;
+    // Nobody but its name will hold it.
+    let published = books.lease(session.id, copy).and_then(|granted| {
+        let done = books.publish(session, copy, origin, name, replace, most);
+        books.unlease(session.id, &granted.lease);
+        done
+    });
+    books.settle(id);
+    published
+}
+
+/// A part that is read; let go of when dropped.
+struct Reading<'a> {
+    hub: &'a Hub,
+    id: u64,
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        self.hub.books().unpin(self.id);
+    }
+}
+
+/// The right to make a small segment: at once, or not at all.
+fn promise<'a>(hub: &'a Hub, session: &Session, bytes: u64) -> Result<Growth<'a>, Trouble> {
+    let mut asked = Asked::new(session.id, bytes, None);
+    loop {
+        if hub.is_stopping() {
+            return Err(stopping());
+        }
+        let at = hub.books().snapshot();
+        let seen = Headroom::read(hub.config.backing);
+        let verdict = {
+            let mut books = hub.books();
+            let verdict = books.admit(&mut asked, hub.config.budget, seen, at);
+            books.withdraw(&mut asked);
+            verdict
+        };
+        match verdict {
+            Verdict::Granted => return Ok(Growth::new(hub, bytes)),
+            Verdict::Refused(failure) => return Err(Trouble::Refused(failure)),
+            // What is idle makes room; without any, this was the last try.
+            Verdict::Wait if hub.shed_idle() => {}
+            Verdict::Wait => asked.deadline = Some(Instant::now()),
+        }
+    }
+}
