@@ -16,6 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 
+from daemons import eventually
 from processes import status
 from shmquant import ShmQuantizer
 
@@ -91,6 +92,8 @@ def content(data: object) -> object:
 def look(q: ShmQuantizer) -> dict[str, object]:
     """Memory of both sides, and what the daemon counts."""
     gc.collect()
+    # What was dropped goes back with the next request, or by another thread within some milliseconds.
+    eventually(lambda: json.loads(q._client.stat())["leases"] == 0)
     stat = json.loads(q._client.stat())
     names = ("segments", "bytes", "leases", "fds", "tickets", "jobs", "waiting", "retired", "stray_releases")
     return {

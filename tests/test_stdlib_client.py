@@ -391,17 +391,17 @@ def test_a_ticket_is_good_for_one(address, session, lane):
 
 def test_publishing_what_exists(session, lane):
     name = f"published/{uuid.uuid4()}"
-    lease, _, _ = lane.quantize(column_of(4, 16, INT8_ROWS), [[numbers(64)]])
-    other, _, _ = lane.quantize(column_of(4, 16, INT8_ROWS), [[numbers(64, 2)]])
+    lease, first, _ = lane.quantize(column_of(4, 16, INT8_ROWS), [[numbers(64)]])
+    other, second, _ = lane.quantize(column_of(4, 16, INT8_ROWS), [[numbers(64, 2)]])
     session.publish(lease, name)
     session.publish(lease, name)
     assert error_of(session.publish, other, name).code == "NAME_EXISTS"
     session.publish(other, name, replace=True)
     # Small ones share a segment, a dataset has its own: a copy.
-    dataset = session.open(name)[0]
+    dataset, third, _ = session.open(name)
     assert dataset["extent"]["segment"] not in (lease["extent"]["segment"], other["extent"]["segment"])
-    codes = [list(ArrowFile(session.view(one)).batches[0]["emb"].values()) for one in (dataset, other, lease)]
-    assert codes[0] == codes[1] != codes[2]
+    codes = [list(ArrowFile(view).batches[0]["emb"].values()) for view in (first, second, third)]
+    assert codes[0] != codes[1] == codes[2]
     session.drop(name)
 
 

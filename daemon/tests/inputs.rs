@@ -300,9 +300,10 @@ fn the_steady_state_makes_nothing_new() {
         let before = stat(&session);
         assert!(run(50) <= 3);
         let after = stat(&session);
-        for key in ["segments", "fds", "retired"] {
-            assert_eq!(before[key], after[key], "{key}");
-        }
+        assert_eq!(before["retired"], after["retired"]);
+        // A release that misses the request that could carry it costs one more segment, once.
+        let grown = |key: &str| after[key].as_u64().unwrap() - before[key].as_u64().unwrap();
+        assert!(grown("segments") <= 1 && grown("fds") <= 1, "{before:#}\n{after:#}");
         // What is given back is what the next one gets. It goes back beside the next request, which may be faster.
         drop(values);
         while stat(&session)["bytes_by_use"]["inputs"] != 0 {

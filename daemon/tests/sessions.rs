@@ -332,8 +332,9 @@ fn publishing_a_lease() {
     let daemon = daemon(|_| {});
     let mut a = Client::new(&daemon);
     let mut lane = a.lane(&daemon, 0);
-    let (lease, _) = lane.quantize(&layer(4096)).unwrap();
-    let (other, _) = lane.quantize(&layer(8192)).unwrap();
+    // Smaller ones would share a segment, and be copied.
+    let (lease, _) = lane.quantize(&layer(40_000)).unwrap();
+    let (other, _) = lane.quantize(&layer(80_000)).unwrap();
     let publish = |extent, replace| Message::Publish { extent, replace, name: "p".to_owned() };
     a.ask(&publish(lease.extent, false)).unwrap();
     a.ask(&publish(lease.extent, false)).unwrap();

@@ -62,8 +62,9 @@ fn thousands_of_live_results_take_few_segments() {
     }
     // What nobody holds is used again as a whole, and not before.
     let kept = held.swap_remove(1500);
-    for (lease, _) in &held {
-        client.release(lease);
+    for some in held.chunks(1000) {
+        let list = some.iter().map(|(lease, _)| released(lease, false)).collect();
+        client.raw.send_as(0, &Message::Release(list));
     }
     client.await_stat(|s| s["leases"] == 1);
     let generation = kept.0.extent.generation;
