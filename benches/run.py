@@ -18,12 +18,13 @@ from pathlib import Path
 
 import clients
 import cold
+import inputs
 import speed
 from harness import machine
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-PARTS = {"speed": speed, "clients": clients, "cold": cold}
+PARTS = {"speed": speed, "inputs": inputs, "clients": clients, "cold": cold}
 
 
 def write_docs(out: Path) -> None:

@@ -20,6 +20,7 @@ use crate::memory::SegmentMemory;
 use crate::pool::class_of;
 use crate::registry::Part;
 use crate::requests::Answer;
+use crate::shared;
 
 /// What `ALLOC` says.
 #[derive(Debug, Clone, Copy)]
@@ -44,6 +45,8 @@ pub(crate) fn allocate(current: &mut Current<'_, '_>, asked: Asked) -> Answered 
     };
     match asked.purpose {
         Purpose::Input => input(current, bytes, class, deadline),
+        // Small results lie together in a larger segment.
+        Purpose::Warm if bytes <= shared::MOST => warm(current, bytes, shared::SEGMENT, deadline),
         Purpose::Warm => warm(current, bytes, class, deadline),
     }
 }

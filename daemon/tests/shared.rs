@@ -9,7 +9,7 @@ use std::fs::File;
 use arrow_ipc::reader::FileReader;
 use raw::{Client, Lane, daemon, layer, released};
 use shmquant_protocol::chunks::MIN_WINDOW;
-use shmquant_protocol::message::{ErrorCode, Extent, Lease, Listing, Message, Target};
+use shmquant_protocol::message::{ErrorCode, Extent, Lease, Listing, Message, NO_TIMEOUT, Purpose, Target};
 use shmquant_protocol::segment::{Backing, Mapping};
 
 /// A result's bytes as they are now.
@@ -163,6 +163,19 @@ fn what_is_published_gets_a_segment_of_its_own() {
     b.raw.send_as(0, &Message::Unmap { segment });
     let stat = a.await_stat(|s| s["segments"] == 2);
     assert_eq!((&stat["leases"], &stat["datasets"]), (&2.into(), &0.into()));
+}
+
+#[test]
+fn memory_is_made_ready_for_small_results_too() {
+    let daemon = daemon(|_| {});
+    let mut client = Client::new(&daemon);
+    let mut lane = client.lane(&daemon, MIN_WINDOW);
+    lane.raw.send(&Message::Allocate { bytes: 1000, purpose: Purpose::Warm, timeout: NO_TIMEOUT });
+    assert!(matches!(lane.raw.recv().unwrap().1, Message::Allocated { .. }));
+    let before = client.stat();
+    lane.quantize(&layer(100)).unwrap();
+    let after = client.stat();
+    assert_eq!((&after["segments"], &after["recycled"]), (&before["segments"], &1.into()));
 }
 
 #[test]
