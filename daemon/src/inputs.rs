@@ -168,6 +168,11 @@ impl<'a> Pins<'a> {
         failpoint("daemon.pinned");
         done.map(|()| it)
     }
+
+    /// Takes care of one that [`Books::pin`] has given.
+    pub(crate) fn pinned(hub: &'a Hub, id: u64) -> Self {
+        Self { hub, ids: vec![id], sources: Sources::new() }
+    }
 }
 
 impl Drop for Pins<'_> {

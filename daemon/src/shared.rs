@@ -17,6 +17,7 @@ use crate::ending;
 use crate::error::Trouble;
 use crate::headroom::Headroom;
 use crate::hub::Hub;
+use crate::inputs::Pins;
 use crate::lane::{Growth, stopping};
 use crate::memory::{copy_in, copy_out};
 use crate::session::Session;
@@ -82,17 +83,14 @@ pub(crate) fn publish(
     let most = hub.config.max_datasets;
     let origin = Origin { extent, fingerprint: None };
     let mut books = hub.books();
-    let entry = books.registry.complete_mut(extent.segment, extent.generation);
-    let entry = entry.filter(|e| e.leases_of(session.id) > 0 && e.has(&extent)).ok_or_else(gone)?;
-    if !entry.shared {
+    if !books.registry.get(extent.segment).is_some_and(|entry| entry.shared) {
         return books.publish(session, extent, origin, name, replace, most);
     }
-    let memory = entry.memory.clone().ok_or_else(gone)?;
-    // What is held meanwhile is not used again.
-    entry.readers += 1;
+    // What is read meanwhile is not used again.
+    let memory = books.pin(session.id, extent)?;
     let done = books.is_published(&origin, &name, replace, most);
     drop(books);
-    let _reading = Reading { hub, id: extent.segment };
+    let _pin = Pins::pinned(hub, extent.segment);
     if done? {
         return Ok(());
     }
@@ -121,18 +119,6 @@ pub(crate) fn publish(
     });
     books.settle(id);
     published
-}
-
-/// A part that is read; let go of when dropped.
-struct Reading<'a> {
-    hub: &'a Hub,
-    id: u64,
-}
-
-impl Drop for Reading<'_> {
-    fn drop(&mut self) {
-        self.hub.books().unpin(self.id);
-    }
 }
 
 /// The right to make a small segment: at once, or not at all.
