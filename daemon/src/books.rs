@@ -179,24 +179,30 @@ impl Books {
         }
     }
 
-    // Windows.
+    // Segments.
 
-    /// Enters a lane's window; the session maps it with the reply.
-    pub(crate) fn add_window(
+    /// Enters a new segment: one that a job fills, one that is about to be leased, or a lane's window, which the session
+    /// maps with the reply.
+    pub(crate) fn enter(
         &mut self,
         id: u64,
         home: u64,
+        kind: Kind,
         memory: Arc<SegmentMemory>,
-    ) -> Result<(), Trouble> {
-        let mut entry = new_entry(id, home, Kind::Window, memory);
-        entry.go(Life::Window(WindowLife::Writing))?;
-        let alive = self.sessions.get_mut(&home).map(|account| account.segments.insert(id));
-        if alive.is_some() {
+    ) -> Result<Taken, Trouble> {
+        let mut entry = new_entry(id, home, kind, memory.clone());
+        entry.go(in_use(kind))?;
+        if kind != Kind::Window {
+            entry.writers = 1;
+        } else if let Some(account) = self.sessions.get_mut(&home) {
+            account.segments.insert(id);
             entry.mapped.push(home);
         }
         self.registry.insert(entry);
-        Ok(())
+        Ok(Taken { id, memory, offset: 0, recycled: false })
     }
+
+    // Windows.
 
     pub(crate) fn move_window(&mut self, id: u64, to: WindowLife) -> Result<(), Trouble> {
         match self.registry.get_mut(id) {
@@ -222,10 +228,7 @@ impl Books {
         let Some(id) = self.account(session)?.pool.take(kind, size) else { return Ok(None) };
         let Some(entry) = self.registry.get_mut(id) else { return Ok(None) };
         let Some(memory) = entry.memory.clone() else { return Ok(None) };
-        entry.go(match kind {
-            Kind::Result => Life::Result(ResultLife::Filling),
-            _ => Life::Window(WindowLife::Writing),
-        })?;
+        entry.go(in_use(kind))?;
         entry.generation += 1;
         entry.parts.clear();
         entry.shared = false;
@@ -233,20 +236,6 @@ impl Books {
         entry.created = SystemTime::now();
         self.counters.recycled += 1;
         Ok(Some(Taken { id, memory, offset: 0, recycled: true }))
-    }
-
-    /// Enters a new segment that a job fills.
-    pub(crate) fn add_result(
-        &mut self,
-        id: u64,
-        home: u64,
-        memory: Arc<SegmentMemory>,
-    ) -> Result<Taken, Trouble> {
-        let mut entry = new_entry(id, home, Kind::Result, memory.clone());
-        entry.go(Life::Result(ResultLife::Filling))?;
-        entry.writers = 1;
-        self.registry.insert(entry);
-        Ok(Taken { id, memory, offset: 0, recycled: false })
     }
 
     /// The job has written everything.
@@ -362,7 +351,8 @@ impl Books {
         let cap = self.pool_cap();
         let Some(entry) = self.registry.get_mut(id) else { return };
         let home = entry.home;
-        let account = self.sessions.get_mut(&home).filter(|_| !entry.exposed && entry.size <= cap);
+        let fits = entry.kind != Kind::Window && !entry.exposed && entry.size <= cap;
+        let account = self.sessions.get_mut(&home).filter(|_| fits);
         let Some(account) = account else { return self.retire(id) };
         let free = match entry.life {
             Life::Result(_) => Life::Result(ResultLife::Free),
@@ -520,8 +510,16 @@ pub(crate) fn too_many_holds(most: u64) -> Trouble {
     )
 }
 
+/// The state in which a segment is given out.
+fn in_use(kind: Kind) -> Life {
+    match kind {
+        Kind::Result => Life::Result(ResultLife::Filling),
+        Kind::Window | Kind::Input => Life::Window(WindowLife::Writing),
+    }
+}
+
 /// A segment that is free, and not in any pool.
-pub(crate) fn new_entry(id: u64, home: u64, kind: Kind, memory: Arc<SegmentMemory>) -> Entry {
+fn new_entry(id: u64, home: u64, kind: Kind, memory: Arc<SegmentMemory>) -> Entry {
     Entry {
         id,
         kind,

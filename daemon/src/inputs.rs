@@ -2,19 +2,20 @@
 //! request has on the values that it reads where they lie.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use shmquant_protocol::descriptor::Descriptor;
 use shmquant_protocol::failpoint::failpoint;
-use shmquant_protocol::message::{ErrorCode, Extent, Lease, Message, NO_TIMEOUT, Purpose};
+use shmquant_protocol::message::{ErrorCode, Extent, Lease, Message, Purpose};
 use shmquant_protocol::segment::Kind;
 
 use crate::admission::size;
-use crate::books::{Books, Granted, Taken, gone, new_entry};
+use crate::books::{Books, Granted, gone};
 use crate::error::Trouble;
+use crate::growth::{Wanted, obtain};
 use crate::hub::Hub;
 use crate::job::Sources;
-use crate::lane::{Answered, Current, Room, grow};
+use crate::lane::{Answered, Current, deadline};
 use crate::life::{Life, WindowLife};
 use crate::memory::SegmentMemory;
 use crate::pool::class_of;
@@ -39,10 +40,7 @@ pub(crate) fn allocate(current: &mut Current<'_, '_>, asked: Asked) -> Answered 
     let Some(class) = class_of(bytes) else {
         return Err(Trouble::new(ErrorCode::NoRoom, format!("no memory of {bytes} bytes can exist"), ""));
     };
-    let deadline = match asked.timeout {
-        NO_TIMEOUT => None,
-        ms => Some(Instant::now() + Duration::from_millis(u64::from(ms))),
-    };
+    let deadline = deadline(asked.timeout);
     match asked.purpose {
         Purpose::Input => input(current, bytes, class, deadline),
         // Small results lie together in a larger segment.
@@ -55,13 +53,14 @@ fn input(current: &mut Current<'_, '_>, bytes: u64, class: u64, deadline: Option
     let hub = current.hub;
     let session = current.lane.session.id;
     let made = loop {
-        let made = Made::get(current, Kind::Input, class, deadline)?;
+        let wanted = Wanted { kind: Kind::Input, size: class, pooled: true };
+        let made = obtain(current, wanted, deadline)?;
         // What the client took out of it while it was its own was charged as memory all the same.
         match made.taken.memory.make_whole() {
             Ok(()) => break made,
             Err(error) => {
                 tracing::warn!(session, "an input cannot be used again: {error}");
-                made.retire();
+                hub.books().discard(made.keep());
             }
         }
     };
@@ -81,63 +80,9 @@ fn warm(current: &mut Current<'_, '_>, bytes: u64, class: u64, deadline: Option<
         return Err(Trouble::new(ErrorCode::NoRoom, text, hint));
     }
     // Goes to the session's pool, where it may just have come from.
-    drop(Made::get(current, Kind::Result, class, deadline)?);
+    drop(obtain(current, Wanted { kind: Kind::Result, size: class, pooled: true }, deadline)?);
     failpoint("daemon.warmed");
     Ok(Answer::plain(Message::Allocated { lease: Lease::default() }))
-}
-
-/// A segment that nobody has yet: goes to its session's pool unless it is kept.
-struct Made<'a> {
-    hub: &'a Hub,
-    taken: Taken,
-    armed: bool,
-}
-
-impl<'a> Made<'a> {
-    fn get(
-        current: &mut Current<'a, '_>,
-        kind: Kind,
-        class: u64,
-        deadline: Option<Instant>,
-    ) -> Result<Self, Trouble> {
-        let hub = current.hub;
-        let session = current.lane.session.id;
-        let pooled = hub.books().take_pooled(session, kind, class)?;
-        let taken = match pooled {
-            Some(taken) => taken,
-            None => match grow(current, class, Some(kind), deadline)? {
-                Room::Own(taken) => taken,
-                Room::New(growth) => {
-                    let (id, memory) = hub.make_segment(kind, class)?;
-                    let mut books = hub.books();
-                    let taken = books.add_made(id, session, kind, memory)?;
-                    growth.done(&mut books);
-                    taken
-                }
-            },
-        };
-        Ok(Self { hub, taken, armed: true })
-    }
-
-    /// Its number; whoever asks for it takes care of it from now on.
-    fn keep(mut self) -> u64 {
-        self.armed = false;
-        self.taken.id
-    }
-
-    fn retire(self) {
-        let hub = self.hub;
-        let id = self.keep();
-        hub.books().discard(id);
-    }
-}
-
-impl Drop for Made<'_> {
-    fn drop(&mut self) {
-        if self.armed {
-            self.hub.books().abort(self.taken.id);
-        }
-    }
 }
 
 /// The extents in which a request's values lie: none of them is used for anything else while this lives, even if the
@@ -185,24 +130,6 @@ impl Drop for Pins<'_> {
 }
 
 impl Books {
-    /// Enters a new segment of a session that is not given to anybody yet.
-    pub(crate) fn add_made(
-        &mut self,
-        id: u64,
-        home: u64,
-        kind: Kind,
-        memory: Arc<SegmentMemory>,
-    ) -> Result<Taken, Trouble> {
-        if kind == Kind::Result {
-            return self.add_result(id, home, memory);
-        }
-        let mut entry = new_entry(id, home, kind, memory.clone());
-        entry.go(Life::Window(WindowLife::Writing))?;
-        entry.writers = 1;
-        self.registry.insert(entry);
-        Ok(Taken { id, memory, offset: 0, recycled: false })
-    }
-
     /// Leases an input to its session, which may write its first `bytes` bytes.
     pub(crate) fn offer(&mut self, session: u64, id: u64, bytes: u64) -> Result<Granted, Trouble> {
         let entry = self.registry.get_mut(id).ok_or(Trouble::Lost)?;

@@ -10,15 +10,13 @@ use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 use shmquant_protocol::chunks::MIN_WINDOW;
 use shmquant_protocol::failpoint::failpoint;
-use shmquant_protocol::message::{ErrorCode, Message};
+use shmquant_protocol::message::{ErrorCode, Message, NO_TIMEOUT};
 use shmquant_protocol::segment::Kind;
 use shmquant_protocol::socket::Connection;
 
-use crate::admission::{self, Verdict};
-use crate::books::{Books, Taken};
 use crate::error::Trouble;
 use crate::fpu;
-use crate::headroom::Headroom;
+use crate::growth::{Wanted, obtain};
 use crate::hub::Hub;
 use crate::inputs::{self, Asked};
 use crate::life::WindowLife;
@@ -31,8 +29,6 @@ use crate::wake::Wake;
 
 /// How long a lane waits for its window.
 const WINDOW_PATIENCE: Duration = Duration::from_secs(5);
-/// While a lane waits for memory, the host's own state is looked at this often.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// A lane as other threads see it.
 #[derive(Debug)]
@@ -164,15 +160,9 @@ fn make_window(
     let size = size.next_multiple_of(4096).min(hub.config.max_window);
     let mut current = Current::new(hub, lane, port, request);
     let patience = Some(Instant::now() + WINDOW_PATIENCE);
-    let Room::New(growth) = grow(&mut current, size, None, patience)? else {
-        return Err(Trouble::Lost);
-    };
-    let (id, memory) = hub.make_segment(Kind::Window, size)?;
-    failpoint("daemon.window_made");
-    let mut books = hub.books();
-    books.add_window(id, lane.session.id, memory.clone())?;
-    growth.done(&mut books);
-    Ok(Window { id, memory, size })
+    let made = obtain(&mut current, Wanted { kind: Kind::Window, size, pooled: false }, patience)?;
+    let memory = made.taken.memory.clone();
+    Ok(Window { id: made.keep(), memory, size })
 }
 
 /// Ends a lane when its thread leaves. Requests do not outlive [`quantize::quantize`], so none is left.
@@ -282,101 +272,13 @@ impl<'a, 'p> Current<'a, 'p> {
     }
 }
 
+/// When a client has waited for as many milliseconds as it said it would.
+pub(crate) fn deadline(timeout: u32) -> Option<Instant> {
+    (timeout != NO_TIMEOUT).then(|| Instant::now() + Duration::from_millis(u64::from(timeout)))
+}
+
 pub(crate) fn stopping() -> Trouble {
     Trouble::new(ErrorCode::Stopping, "the daemon is stopping", "try again: the next use starts a new one")
-}
-
-/// A promise of memory.
-pub(crate) struct Growth<'a> {
-    hub: &'a Hub,
-    bytes: u64,
-}
-
-impl<'a> Growth<'a> {
-    /// What admission has granted.
-    pub(crate) fn new(hub: &'a Hub, bytes: u64) -> Self {
-        Self { hub, bytes }
-    }
-
-    /// The bytes are in the registry: the caller has just entered them, under the same lock.
-    pub(crate) fn done(mut self, books: &mut Books) {
-        books.grown(std::mem::take(&mut self.bytes));
-    }
-}
-
-impl Drop for Growth<'_> {
-    fn drop(&mut self) {
-        if self.bytes > 0 {
-            self.hub.books().grown(self.bytes);
-        }
-    }
-}
-
-/// What a request for memory ends with.
-pub(crate) enum Room<'a> {
-    /// A segment of the session's own pool.
-    Own(Taken),
-    /// The right to make one.
-    New(Growth<'a>),
-}
-
-/// Waits until `bytes` of shared memory may be made, or, of a kind that is `pooled`, until the session's pool has them.
-pub(crate) fn grow<'a>(
-    current: &mut Current<'a, '_>,
-    bytes: u64,
-    pooled: Option<Kind>,
-    deadline: Option<Instant>,
-) -> Result<Room<'a>, Trouble> {
-    let hub = current.hub;
-    let mut asked = admission::Asked::new(current.lane.session.id, bytes, deadline);
-    asked.window = pooled.is_none();
-    let mut turn = Turn { hub, lane: current.lane, asked };
-    loop {
-        current.go_on()?;
-        let at = hub.books().snapshot();
-        let seen = Headroom::read(hub.config.backing);
-        let verdict = {
-            let mut books = hub.books();
-            books.account(turn.asked.session)?;
-            if let Some(kind) = pooled
-                && books.is_first(&turn.asked)
-                && let Some(taken) = books.take_pooled(turn.asked.session, kind, bytes)?
-            {
-                return Ok(Room::Own(taken));
-            }
-            let verdict = books.admit(&mut turn.asked, hub.config.budget, seen, at);
-            if matches!(verdict, Verdict::Wait) {
-                books.add_waiting(current.lane);
-            }
-            verdict
-        };
-        match verdict {
-            Verdict::Granted => {
-                failpoint("daemon.admitted");
-                return Ok(Room::New(Growth::new(hub, bytes)));
-            }
-            Verdict::Refused(failure) => return Err(Trouble::Refused(failure)),
-            Verdict::Wait => {
-                let soon = Instant::now() + LOOK_AGAIN;
-                current.wait(Some(deadline.map_or(soon, |deadline| deadline.min(soon))))?;
-            }
-        }
-    }
-}
-
-/// A place in the queue, given up when the request stops waiting for whatever reason.
-struct Turn<'a> {
-    hub: &'a Hub,
-    lane: &'a Arc<Lane>,
-    asked: admission::Asked,
-}
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        let mut books = self.hub.books();
-        books.withdraw(&mut self.asked);
-        books.remove_waiting(self.lane);
-    }
 }
 
 /// What a lane's request is answered with.

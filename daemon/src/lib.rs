@@ -15,6 +15,7 @@ mod ending;
 pub mod engine;
 mod error;
 mod fpu;
+mod growth;
 mod headroom;
 mod hub;
 mod inputs;

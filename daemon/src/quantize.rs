@@ -2,23 +2,24 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use shmquant_protocol::descriptor::Descriptor;
 use shmquant_protocol::failpoint::failpoint;
-use shmquant_protocol::message::{ErrorCode, Message, NO_TIMEOUT, Naming, Quantize};
+use shmquant_protocol::message::{ErrorCode, Message, Naming, Quantize};
 use shmquant_protocol::segment::Kind;
 use shmquant_protocol::socket::SocketError;
 
-use crate::books::{Granted, Taken};
+use crate::books::Granted;
 use crate::catalog::{Fingerprint, Found, Origin};
 use crate::ending;
 use crate::engine::{Observer, Outcome, Run, Work};
 use crate::error::Trouble;
+use crate::growth::{Made, Wanted, obtain};
 use crate::hub::Hub;
 use crate::inputs::Pins;
 use crate::job::Job;
-use crate::lane::{Answered, Current, Lane, Room, Window, grow, stopping};
+use crate::lane::{Answered, Current, Lane, Window, deadline, stopping};
 use crate::memory::{copy_in, copy_out, poison};
 use crate::plan::{Plan, Plans, refuse};
 use crate::pool::class_of;
@@ -65,10 +66,7 @@ pub(crate) fn quantize(
         return Err(stopping());
     }
     let _busy = Busy::new(hub);
-    let deadline = match asked.timeout {
-        NO_TIMEOUT => None,
-        ms => Some(Instant::now() + Duration::from_millis(u64::from(ms))),
-    };
+    let deadline = deadline(asked.timeout);
     let Kept { descriptor: scratch, plans } = kept;
     copy_descriptor(window, asked.descriptor, scratch)?;
     failpoint("daemon.descriptor_copied");
@@ -234,28 +232,12 @@ impl Drop for Waiting<'_> {
 /// Segments are whole pages.
 const PAGE: u64 = 4096;
 
-/// A segment that a job fills: goes back, unseen by anybody, unless it is finished.
-struct Filling<'a> {
-    hub: &'a Hub,
-    taken: Taken,
-    armed: bool,
-}
-
-impl Drop for Filling<'_> {
-    fn drop(&mut self) {
-        if self.armed {
-            self.hub.books().abort(self.taken.id);
-            failpoint("daemon.aborted");
-        }
-    }
-}
-
 fn allocate<'a>(
     current: &mut Current<'a, '_>,
     bytes: u64,
     named: bool,
     deadline: Option<Instant>,
-) -> Result<Filling<'a>, Trouble> {
+) -> Result<Made<'a>, Trouble> {
     let hub = current.hub;
     let session = current.lane.session.id;
     let small = is_small(bytes, named);
@@ -268,26 +250,11 @@ fn allocate<'a>(
     let Some(size) = size else {
         return Err(Trouble::new(ErrorCode::NoRoom, format!("a result of {bytes} bytes cannot exist"), ""));
     };
-    let pooled = match (small, named) {
-        (true, _) => hub.books().take_small(session, bytes)?,
-        (_, true) => None,
-        _ => hub.books().take_pooled(session, Kind::Result, size)?,
+    let behind = if small { hub.books().take_part(session, bytes)? } else { None };
+    let filling = match behind {
+        Some(taken) => Made::new(hub, taken),
+        None => obtain(current, Wanted { kind: Kind::Result, size, pooled: !named }, deadline)?,
     };
-    let taken = match pooled {
-        Some(taken) => taken,
-        None => match grow(current, size, (!named).then_some(Kind::Result), deadline)? {
-            Room::Own(taken) => taken,
-            Room::New(growth) => {
-                let (id, memory) = hub.make_segment(Kind::Result, size)?;
-                failpoint("daemon.segment_made");
-                let mut books = hub.books();
-                let taken = books.add_result(id, session, memory)?;
-                growth.done(&mut books);
-                taken
-            }
-        },
-    };
-    let filling = Filling { hub, taken, armed: true };
     if small && filling.taken.offset == 0 {
         hub.books().share(session, &filling.taken, bytes);
     }
@@ -433,7 +400,7 @@ impl Observer for Flow {
 fn finish(
     current: &Current<'_, '_>,
     plan: &Plan,
-    mut filling: Filling<'_>,
+    filling: Made<'_>,
     length: u64,
     flight: Option<Flight<'_>>,
     named: Option<Naming>,
@@ -441,11 +408,10 @@ fn finish(
     let hub = current.hub;
     let session = &current.lane.session;
     let mut books = hub.books();
-    let id = filling.taken.id;
     books.counters.bytes_copied += plan.streamed_bytes();
     books.counters.bytes_shared += plan.shared_bytes();
     let extent = books.complete(&filling.taken, length)?;
-    filling.armed = false;
+    let id = filling.keep();
     failpoint("daemon.completed");
     let granted = books.lease(session.id, extent);
     let mut granted = match granted {

@@ -4,21 +4,16 @@
 //! that were written before; the segment is used again, or given up, as a whole, when nobody holds anything of it. So one
 //! small result that is kept keeps its whole segment.
 
-use std::time::Instant;
-
 use shmquant_protocol::failpoint::failpoint;
 use shmquant_protocol::message::Extent;
-use shmquant_protocol::segment::Kind;
 
-use crate::admission::{Asked, Verdict};
 use crate::books::{Books, Taken, gone};
 use crate::catalog::Origin;
 use crate::ending;
 use crate::error::Trouble;
-use crate::headroom::Headroom;
+use crate::growth::obtain_now;
 use crate::hub::Hub;
 use crate::inputs::Pins;
-use crate::lane::{Growth, stopping};
 use crate::memory::{copy_in, copy_out};
 use crate::session::Session;
 
@@ -50,14 +45,6 @@ impl Books {
         let taken = Taken { id: open.id, memory, offset: open.end, recycled: false };
         self.account(session)?.open = Some(Open { end, ..open });
         Ok(Some(taken))
-    }
-
-    /// Room for a small result: behind the last one, or a free segment of the session's own.
-    pub(crate) fn take_small(&mut self, session: u64, bytes: u64) -> Result<Option<Taken>, Trouble> {
-        match self.take_part(session, bytes)? {
-            Some(taken) => Ok(Some(taken)),
-            None => self.take_pooled(session, Kind::Result, SEGMENT),
-        }
     }
 
     /// Has a segment, which `taken` is the first part of, take the session's next small results, too.
@@ -99,18 +86,14 @@ pub(crate) fn publish(
         return Err(gone());
     }
     let size = extent.length.next_multiple_of(4096);
-    let growth = promise(hub, session, size)?;
-    let (id, memory) = hub.make_segment(Kind::Result, size)?;
-    let length = copy_in(&*memory, &bytes).then(|| ending::repeat(&*memory, extent.length)).flatten();
-    let mut books = hub.books();
-    let taken = books.add_result(id, session.id, memory)?;
-    growth.done(&mut books);
+    let made = obtain_now(hub, session.id, size)?;
+    let memory = &*made.taken.memory;
+    let length = copy_in(memory, &bytes).then(|| ending::repeat(memory, extent.length)).flatten();
     failpoint("daemon.copied");
-    let Some(length) = length else {
-        books.abort(id);
-        return Err(gone());
-    };
-    let copy = books.complete(&taken, length)?;
+    let length = length.ok_or_else(gone)?;
+    let mut books = hub.books();
+    let copy = books.complete(&made.taken, length)?;
+    let id = made.keep();
     // Nobody but its name will hold it.
     let published = books.lease(session.id, copy).and_then(|granted| {
         let done = books.publish(session, copy, origin, name, replace, most);
@@ -119,29 +102,4 @@ pub(crate) fn publish(
     });
     books.settle(id);
     published
-}
-
-/// The right to make a small segment: at once, or not at all.
-fn promise<'a>(hub: &'a Hub, session: &Session, bytes: u64) -> Result<Growth<'a>, Trouble> {
-    let mut asked = Asked::new(session.id, bytes, None);
-    loop {
-        if hub.is_stopping() {
-            return Err(stopping());
-        }
-        let at = hub.books().snapshot();
-        let seen = Headroom::read(hub.config.backing);
-        let verdict = {
-            let mut books = hub.books();
-            let verdict = books.admit(&mut asked, hub.config.budget, seen, at);
-            books.withdraw(&mut asked);
-            verdict
-        };
-        match verdict {
-            Verdict::Granted => return Ok(Growth::new(hub, bytes)),
-            Verdict::Refused(failure) => return Err(Trouble::Refused(failure)),
-            // What is idle makes room; without any, this was the last try.
-            Verdict::Wait if hub.shed_idle() => {}
-            Verdict::Wait => asked.deadline = Some(Instant::now()),
-        }
-    }
 }

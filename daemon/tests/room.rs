@@ -159,6 +159,31 @@ fn a_window_does_not_wait_for_results_of_its_own_session() {
 }
 
 #[test]
+fn a_dataset_waits_behind_earlier_results_of_its_own_session() {
+    let daemon = daemon(budget(40));
+    let mut holder = Client::new(&daemon);
+    let mut lane = holder.lane(&daemon, 0);
+    let (held, _) = lane.quantize(&layer(12 * MIB)).unwrap();
+    let mut client = Client::new(&daemon);
+    let (mut one, mut two) = (client.lane(&daemon, 0), client.lane(&daemon, 0));
+    let large = layer(20 * MIB);
+    let first = one.start(&large);
+    client.await_stat(|s| s["waiting"] == 1);
+    // There is room for it, but then the first one would have to wait for it, too.
+    two.named = Some(Naming { name: "later".to_owned(), replace: false, digest: [1; 16] });
+    two.timeout = 50;
+    assert_eq!(two.quantize(&layer(2 * MIB)).unwrap_err().code, ErrorCode::Deadline);
+    two.timeout = NO_TIMEOUT;
+    let table = layer(2 * MIB);
+    let second = two.start(&table);
+    client.await_stat(|s| s["waiting"] == 2);
+    holder.release(&held);
+    assert_eq!(holder.await_notice(), held.extent.segment);
+    holder.raw.send_as(0, &Message::Unmap { segment: held.extent.segment });
+    assert!(one.finish(first, &large).is_ok() && two.finish(second, &table).is_ok());
+}
+
+#[test]
 fn sessions_take_turns() {
     let daemon = daemon(budget(38));
     let mut holder = Client::new(&daemon);

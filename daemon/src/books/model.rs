@@ -352,7 +352,7 @@ impl World {
         let (session, size) = self.growths.swap_remove(at);
         if c & 2 == 0 {
             let (id, memory) = self.make(Kind::Result, size);
-            let taken = self.books.add_result(id, session, memory).unwrap();
+            let taken = self.books.enter(id, session, Kind::Result, memory).unwrap();
             self.enter(id, Kind::Result, session, size, State::Filling);
             self.share(session, &taken, c);
             self.jobs.push(taken);
@@ -499,7 +499,7 @@ impl World {
         let Some(session) = self.session(a) else { return };
         if b & 1 == 0 && self.windows.len() < 3 {
             let (id, memory) = self.make(Kind::Window, 4096);
-            self.books.add_window(id, session.id, memory.clone()).unwrap();
+            self.books.enter(id, session.id, Kind::Window, memory.clone()).unwrap();
             self.enter(id, Kind::Window, session.id, 4096, State::Window);
             if self.alive.contains(&session.id) {
                 self.segments.get_mut(&id).unwrap().mapped.insert(session.id);

@@ -24,7 +24,7 @@ impl World {
             None => {
                 self.assert_none_free(session.id, Kind::Input, size);
                 let (id, memory) = self.make(Kind::Input, size);
-                self.books.add_made(id, session.id, Kind::Input, memory).unwrap();
+                self.books.enter(id, session.id, Kind::Input, memory).unwrap();
                 self.enter(id, Kind::Input, session.id, size, State::Input);
                 id
             }
