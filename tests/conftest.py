@@ -12,6 +12,8 @@ import pytest
 
 from daemons import Daemon
 from shmquant import ShmQuantizer
+from stdlib_client import Lane, Session
+from stdlib_oracle import WINDOW
 
 # Whatever a test forgets to name must not reach a daemon that somebody works with.
 os.environ["SHMQUANT_ADDRESS"] = "/nonexistent/shmquant-tests.sock"
@@ -44,6 +46,22 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def q(address: str) -> ShmQuantizer:
     """A handle on the shared daemon."""
     return ShmQuantizer(address)
+
+
+@pytest.fixture
+def session(address: str) -> Iterator[Session]:
+    """A session of this process, by the client that is written with the standard library alone."""
+    session = Session(address)
+    yield session
+    session.close()
+
+
+@pytest.fixture
+def lane(session: Session) -> Iterator[Lane]:
+    """Its lane, with the smallest window."""
+    lane = session.lane(WINDOW)
+    yield lane
+    lane.close()
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,18 @@ def memory_for(gib: float) -> None:
         pytest.skip(f"{free >> 20} MiB of memory are available, {gib} GiB are needed")
 
 
+def answer(serve, script: str, gib: float) -> object:
+    """What a client of its own says; of what it works with, the daemon's own memory has nothing."""
+    memory_for(gib)
+    patience(600)
+    daemon = serve("--budget", "3GiB")
+    with Child(script, daemon.address) as child:
+        said = child.answer()
+        assert child.end() == 0
+    assert status(daemon.process.pid)["RssAnon"] < 64 * MIB
+    return said
+
+
 @pytest.mark.slow
 def test_a_table_beyond_two_gibibytes_comes_in_several_batches(serve):
     """40 layers of 64 Mi weights: 2.5 GiB of codes."""
@@ -88,16 +100,10 @@ print(json.dumps([str(field.type), codes.size, right, r.table.num_rows, pa.total
 
 @pytest.mark.slow
 def test_a_layer_of_two_gibibytes_is_a_large_binary(serve):
-    memory_for(4)
-    patience(600)
-    daemon = serve("--budget", "3GiB")
-    with Child(ONE, daemon.address) as child:
-        kind, size, right, rows, allocated = child.answer()
-        assert child.end() == 0
+    kind, size, right, rows, allocated = answer(serve, ONE, gib=4)
     assert (kind, rows) == ("large_binary", 2) and size == 32_769 * 65_536 > 2**31
     assert right
     assert allocated < MIB
-    assert status(daemon.process.pid)["RssAnon"] < 64 * MIB
 
 
 TEXTS = """
@@ -146,12 +152,7 @@ print(json.dumps({
 @pytest.mark.slow
 def test_a_kept_column_beyond_two_gibibytes_is_a_large_one(serve):
     """Published with the codes: that column alone changes its type, and no second copy is made of it."""
-    memory_for(5)
-    patience(600)
-    daemon = serve("--budget", "3GiB")
-    with Child(TEXTS, daemon.address) as child:
-        facts = child.answer()
-        assert child.end() == 0
+    facts = answer(serve, TEXTS, gib=5)
     assert facts["types"] == {
         "id": "int64",
         "emb": "fixed_size_list<item: int8>[4]",
@@ -164,4 +165,3 @@ def test_a_kept_column_beyond_two_gibibytes_is_a_large_one(serve):
     assert facts["texts"] and facts["others"]
     assert facts["bytes"] > 35 << 26 > 2**31
     assert facts["allocated"] < 256 * MIB
-    assert status(daemon.process.pid)["RssAnon"] < 64 * MIB

@@ -40,23 +40,6 @@ from stdlib_oracle import (
     symmetric_codes,
 )
 
-
-@pytest.fixture
-def session(address):
-    """A session of this process."""
-    session = Session(address)
-    yield session
-    session.close()
-
-
-@pytest.fixture
-def lane(session):
-    """A lane with the smallest window."""
-    lane = session.lane(WINDOW)
-    yield lane
-    lane.close()
-
-
 # Results.
 
 

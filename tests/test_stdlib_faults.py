@@ -21,22 +21,6 @@ from stdlib_client import Connection, Session
 from stdlib_oracle import INT8_ROWS, WINDOW, closed, column_of, error_of, numbers, put
 
 
-@pytest.fixture
-def session(address):
-    """A session of this process."""
-    session = Session(address)
-    yield session
-    session.close()
-
-
-@pytest.fixture
-def lane(session):
-    """A lane with the smallest window."""
-    lane = session.lane(WINDOW)
-    yield lane
-    lane.close()
-
-
 def test_a_nan_is_named(lane):
     values = numbers(30 * 16)
     values[7 * 16 + 5], values[7 * 16 + 9], values[20 * 16] = math.nan, math.inf, -math.inf

@@ -113,15 +113,9 @@ impl Place {
 }
 
 /// Floats that look random and are the same every time.
-fn noise(n: usize, seed: u32) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12_345);
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 17;
-        state ^= state << 5;
-        (state >> 8) as f32 / 8_388_608.0 - 1.0
-    };
-    (0..n).map(|_| next()).collect()
+fn noise(n: usize, seed: u64) -> Vec<f32> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    (0..n).map(|_| random.f32() * 2.0 - 1.0).collect()
 }
 
 fn bytes_of(values: &[f32]) -> Vec<u8> {
@@ -141,7 +135,7 @@ fn write_model(path: &Path) -> Result<Tensors, Box<dyn Error>> {
         .into_iter()
         .enumerate()
         .map(|(i, (name, shape))| {
-            let values = noise(shape.iter().product(), i as u32 + 1);
+            let values = noise(shape.iter().product(), i as u64 + 1);
             (name.to_owned(), (shape, values))
         })
         .collect();
@@ -159,7 +153,7 @@ fn write_model(path: &Path) -> Result<Tensors, Box<dyn Error>> {
 /// Vectors, a plain float column, and columns that are none of the daemon's business.
 fn table() -> Result<(SchemaRef, Vec<RecordBatch>), Box<dyn Error>> {
     let batch = |from: i64, rows: i64| -> Result<RecordBatch, Box<dyn Error>> {
-        let values = noise(rows as usize * 24, from as u32 + 7);
+        let values = noise(rows as usize * 24, from as u64 + 7);
         let vectors = values.chunks(24).map(|row| Some(row.iter().copied().map(Some).collect::<Vec<_>>()));
         let emb = FixedSizeListArray::from_iter_primitive::<Float32Type, _, _>(vectors, 24);
         let kind: DictionaryArray<Int8Type> =

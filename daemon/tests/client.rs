@@ -3,23 +3,19 @@
 
 #[path = "../../protocol/tests/layers/mod.rs"]
 mod layers;
+mod native;
 
 use std::collections::HashSet;
-use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use arrow_array::cast::AsArray;
-use arrow_ipc::reader::FileReader;
 use layers::Layers;
+use native::{check, daemon, session, session_at};
 use shmquant_daemon::{Config, Daemon};
 use shmquant_protocol::chunks::{Chunk, MIN_WINDOW};
-use shmquant_protocol::client::{
-    Address, ClientError, Config as ClientConfig, Held, Options, Session, Source, StartCommand,
-};
+use shmquant_protocol::client::{ClientError, Held, Options, Source, StartCommand};
 use shmquant_protocol::descriptor::Descriptor;
 use shmquant_protocol::message::{ErrorCode, Listing, Naming};
 
@@ -27,42 +23,6 @@ const ROLE: &str = "SHMQUANT_TEST_ROLE";
 
 fn config() -> Config {
     Config { workers: 2, window: MIN_WINDOW, ..Config::default() }
-}
-
-fn daemon(config: Config) -> Arc<Daemon> {
-    Arc::new(Daemon::in_process(config).unwrap())
-}
-
-fn session(daemon: &Arc<Daemon>) -> Session {
-    let daemon = Arc::downgrade(daemon);
-    let gone = || std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
-    let connect = move || daemon.upgrade().ok_or_else(gone)?.connect();
-    let address = Address::InProcess(Arc::new(connect));
-    Session::new(ClientConfig { address, start: None, window: None, max_lanes: None, poll: None })
-}
-
-fn at(path: &Path, start: Option<StartCommand>) -> Session {
-    let address = Address::Path(path.to_owned());
-    Session::new(ClientConfig { address, start, window: None, max_lanes: None, poll: None })
-}
-
-/// The values are whole numbers from -127 to 127, so that the scale is 1 and each is its own code.
-fn check(held: &Held, sizes: &[u64]) {
-    let reader = FileReader::try_new(Cursor::new(held.as_slice()), None).unwrap();
-    let mut layer = 0;
-    for batch in reader {
-        let batch = batch.unwrap();
-        let codes = batch.column_by_name("quantized_data").unwrap().as_binary::<i32>();
-        for codes in codes.iter() {
-            let codes = codes.unwrap();
-            assert_eq!(codes.len() as u64, sizes[layer]);
-            for (i, code) in codes.iter().enumerate() {
-                assert_eq!(code.cast_signed(), ((i % 255) as i16 - 127) as i8, "layer {layer}, value {i}");
-            }
-            layer += 1;
-        }
-    }
-    assert_eq!(layer, sizes.len());
 }
 
 #[test]
@@ -296,7 +256,7 @@ fn a_result_outlives_the_daemon_and_the_session_finds_the_next_one() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("run").join("a.sock");
     let serve = || Daemon::start(Config { address: path.clone(), ..config() }).unwrap();
-    let session = at(&path, None);
+    let session = session_at(&path, None);
     let error = session.connect().unwrap_err();
     assert!(matches!(error, ClientError::Connect { .. }), "{error}");
 
@@ -370,7 +330,7 @@ fn of_many_that_start_a_daemon_at_once_one_does() {
     let command = StartCommand { program, args };
     let instances: HashSet<u64> = std::thread::scope(|scope| {
         let start = || {
-            let session = at(&path, Some(command.clone()));
+            let session = session_at(&path, Some(command.clone()));
             let held = session.quantize(&Layers::new(&[600]), &Options::default()).unwrap().held;
             check(&held, &[600]);
             session.connect().unwrap().instance

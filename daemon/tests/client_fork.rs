@@ -2,13 +2,14 @@
 
 #[path = "../../protocol/tests/layers/mod.rs"]
 mod layers;
+mod native;
 
 use layers::Layers;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 use shmquant_daemon::{Config, Daemon};
 use shmquant_protocol::chunks::MIN_WINDOW;
-use shmquant_protocol::client::{Address, Config as ClientConfig, Options, Session};
+use shmquant_protocol::client::Options;
 
 #[test]
 #[allow(unsafe_code, reason = "fork is what is tested")]
@@ -17,9 +18,7 @@ fn a_forked_child_has_a_session_of_its_own_and_the_parent_keeps_its_own() {
     let path = dir.path().join("run").join("a.sock");
     let config = Config { address: path.clone(), workers: 2, window: MIN_WINDOW, ..Config::default() };
     let _daemon = Daemon::start(config).unwrap();
-    let address = Address::Path(path);
-    let session =
-        Session::new(ClientConfig { address, start: None, window: None, max_lanes: None, poll: None });
+    let session = native::session_at(&path, None);
     let small = || session.quantize(&Layers::new(&[5000]), &Options::default());
     let large = || session.quantize(&Layers::new(&[4 << 20]), &Options::default());
     let held = small().unwrap().held;

@@ -13,46 +13,37 @@ mod tables;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 
-/// A small generator whose numbers are the same everywhere (xorshift64*).
-struct Random(u64);
+use fastrand::Rng;
 
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n.max(1) as u64) as usize
-    }
+/// A number below `n`, 0 if there is none.
+fn below(random: &mut Rng, n: usize) -> usize {
+    random.usize(..n.max(1))
 }
 
 /// Changes of the kinds that break parsers: bits, whole bytes, numbers at their limits, pieces left out, doubled or
 /// taken from elsewhere.
-fn change(bytes: &mut Vec<u8>, others: &[Vec<u8>], random: &mut Random) {
-    for _ in 0..1 + random.below(4) {
-        let at = random.below(bytes.len());
-        match random.below(8) {
-            _ if bytes.is_empty() => bytes.push(random.next() as u8),
-            0 => bytes[at] ^= 1 << random.below(8),
-            1 => bytes[at] = random.next() as u8,
+fn change(bytes: &mut Vec<u8>, others: &[Vec<u8>], random: &mut Rng) {
+    for _ in 0..1 + below(random, 4) {
+        let at = below(random, bytes.len());
+        match below(random, 8) {
+            _ if bytes.is_empty() => bytes.push(random.u8(..)),
+            0 => bytes[at] ^= 1 << below(random, 8),
+            1 => bytes[at] = random.u8(..),
             2 | 3 => {
                 const LIMITS: [u64; 8] = [0, 1, 0x7F, 0xFF, 1 << 31, u32::MAX as u64, 1 << 63, u64::MAX];
-                let number = LIMITS[random.below(8)].wrapping_add(random.below(3) as u64).wrapping_sub(1);
-                let len = [1, 2, 4, 8][random.below(4)].min(bytes.len() - at);
+                let number = LIMITS[below(random, 8)].wrapping_add(below(random, 3) as u64).wrapping_sub(1);
+                let len = [1, 2, 4, 8][below(random, 4)].min(bytes.len() - at);
                 bytes[at..at + len].copy_from_slice(&number.to_le_bytes()[..len]);
             }
-            4 => drop(bytes.drain(at..at + random.below((bytes.len() - at).min(32)))),
+            4 => drop(bytes.drain(at..at + below(random, (bytes.len() - at).min(32)))),
             5 => {
-                let piece = bytes[at..at + random.below((bytes.len() - at).min(64))].to_vec();
+                let piece = bytes[at..at + below(random, (bytes.len() - at).min(64))].to_vec();
                 bytes.splice(at..at, piece);
             }
             6 => {
-                let other = &others[random.below(others.len())];
-                let from = random.below(other.len());
-                let to = from + random.below((other.len() - from).min(64));
+                let other = &others[below(random, others.len())];
+                let from = below(random, other.len());
+                let to = from + below(random, (other.len() - from).min(64));
                 bytes.splice(at..at, other[from..to].iter().copied());
             }
             _ => bytes.truncate(at),
@@ -68,9 +59,9 @@ fn run(target: &str, rounds: usize, body: fn(&[u8])) {
     let seeds: Vec<Vec<u8>> = files.iter().map(|file| std::fs::read(file).unwrap()).collect();
     seeds.iter().for_each(|seed| body(seed));
     let more = std::env::var("SHMQUANT_FUZZ_ROUNDS").ok().and_then(|n| n.parse::<usize>().ok()).unwrap_or(1);
-    let mut random = Random(0x5EED_0000_0000_0001);
+    let mut random = Rng::with_seed(0x5EED);
     for round in 0..rounds * more {
-        let mut bytes = seeds[random.below(seeds.len())].clone();
+        let mut bytes = seeds[below(&mut random, seeds.len())].clone();
         change(&mut bytes, &seeds, &mut random);
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| body(&bytes))) {
             let file = std::env::temp_dir().join(format!("shmquant-fuzz-{target}-{round}"));

@@ -5,6 +5,9 @@
     reason = "memory that is shared with the daemon is written and wrapped as Arrow buffers"
 )]
 
+mod native;
+mod tables;
+
 use std::panic::AssertUnwindSafe;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
@@ -13,6 +16,7 @@ use arrow_array::{Array, ArrayRef, FixedSizeListArray, RecordBatch, make_array};
 use arrow_buffer::Buffer;
 use arrow_data::ArrayData;
 use arrow_schema::{DataType, Field, Schema};
+use native::session;
 use serde_json::Value;
 use shmquant_daemon::{Config, Daemon};
 use shmquant_kernels::{FloatType, Granularity, Scheme};
@@ -25,41 +29,16 @@ use shmquant_protocol::segment::Backing;
 use shmquant_protocol::table::{LayerInput, Override, Pattern, Table, TableOptions};
 
 fn daemon(backing: Backing) -> Arc<Daemon> {
-    let config = Config { workers: 2, window: MIN_WINDOW, backing, ..Config::default() };
-    Arc::new(Daemon::in_process(config).unwrap())
-}
-
-fn session(daemon: &Arc<Daemon>) -> Session {
-    let daemon = Arc::downgrade(daemon);
-    let gone = || std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
-    let connect = move || daemon.upgrade().ok_or_else(gone)?.connect();
-    let address = Address::InProcess(Arc::new(connect));
-    Session::new(ClientConfig { address, start: None, window: None, max_lanes: None, poll: None })
-}
-
-fn stat(session: &Session) -> Value {
-    serde_json::from_str(&session.stat().unwrap()).unwrap()
+    native::daemon(Config { workers: 2, window: MIN_WINDOW, backing, ..Config::default() })
 }
 
 /// Numbers that look like weights, the same every time.
 fn numbers(n: usize, dtype: FloatType) -> Vec<u8> {
-    let mut state = 0x9E37_79B9_7F4A_7C15u64;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        ((state >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 3.0
-    };
-    let mut bytes = Vec::with_capacity(n * dtype.size());
-    for value in (0..n).map(|_| next()) {
-        match dtype {
-            FloatType::F16 => bytes.extend(half::f16::from_f32(value).to_le_bytes()),
-            FloatType::Bf16 => bytes.extend(half::bf16::from_f32(value).to_le_bytes()),
-            FloatType::F32 => bytes.extend(value.to_le_bytes()),
-            FloatType::F64 => bytes.extend(f64::from(value).to_le_bytes()),
-        }
-    }
-    bytes
+    tables::to_bytes(&tables::numbers(n, 1), dtype)
+}
+
+fn stat(session: &Session) -> Value {
+    serde_json::from_str(&session.stat().unwrap()).unwrap()
 }
 
 /// The bytes in memory of the session's, `skip` bytes after its beginning.
@@ -384,7 +363,7 @@ fn memory_of_another_session_or_daemon_is_copied() {
     let first = quantize(&session, &same());
     assert_eq!(first.bytes_copied, 0);
     // Another process's session would be the same: an address says nothing to it.
-    let other = self::session(&current.lock().unwrap());
+    let other = native::session(&current.lock().unwrap());
     assert_eq!(quantize(&other, &same()).bytes_shared, 0);
 
     let next = daemon(Backing::Memfd);

@@ -237,18 +237,17 @@ fn who_writes_while_it_is_read_harms_himself_only() {
         scope.spawn(|| {
             let start = input.mapping.as_mut_ptr().unwrap() as usize;
             let pages = input.mapping.len() / 4096;
-            let mut n = 1usize;
+            let mut random = fastrand::Rng::with_seed(1);
             while !stop.load(Ordering::Acquire) {
-                n = n.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                let page = start + (n >> 33) % pages * 4096;
-                if n & 7 == 0 {
+                let (page, number) = (start + random.usize(..pages) * 4096, random.u64(..));
+                if random.u8(..8) == 0 {
                     // SAFETY: a whole page of our own mapping; what it held is lost, as is meant here.
                     let done = unsafe { libc::madvise(page as *mut _, 4096, libc::MADV_REMOVE) };
                     assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
                 }
                 for word in 0..512 {
                     // SAFETY: inside the mapping, aligned; nobody here counts on what is there.
-                    unsafe { ((page + word * 8) as *mut u64).write_volatile(n as u64) };
+                    unsafe { ((page + word * 8) as *mut u64).write_volatile(number) };
                 }
             }
         });

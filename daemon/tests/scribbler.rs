@@ -12,6 +12,7 @@ mod raw;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use fastrand::Rng;
 use raw::{Client, Lane, Raw, Table, daemon, layer, pause, released, rows_of, table};
 use shmquant_daemon::Daemon;
 use shmquant_kernels::{Granularity, Scheme};
@@ -21,22 +22,6 @@ use shmquant_protocol::message::{
 };
 use shmquant_protocol::segment::Mapping;
 use shmquant_protocol::socket::{Connection, SocketError};
-
-/// A small generator whose numbers are the same in every run (xorshift64*).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-}
 
 /// What is measured is the whole process: one test at a time.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -113,18 +98,18 @@ fn beside(daemon: &Daemon, attack: impl Fn(u64)) {
 fn scribble(window: &Mapping, stop: &AtomicBool, rounds: &AtomicU64, seed: u64) {
     const NUMBERS: [u64; 6] =
         [0, u64::MAX, 0x7FC0_0000_7FC0_0000, 0x7F80_0000_FF80_0000, 1, 0x3144_5153_3144_5153];
-    let mut random = Random(seed);
+    let mut random = Rng::with_seed(seed);
     let base = window.as_mut_ptr().unwrap();
     let pages = window.len() as u64 / 4096;
     while !stop.load(Ordering::Acquire) {
-        let page = match random.below(3) {
+        let page = match random.u64(..3) {
             // The descriptor and the first chunks.
-            0 => random.below(4),
-            _ => random.below(pages),
+            0 => random.u64(..4),
+            _ => random.u64(..pages),
         };
-        let number = NUMBERS[random.below(6) as usize];
-        if random.below(4) == 0 {
-            let count = 1 + random.below((pages - page).min(64));
+        let number = NUMBERS[random.usize(..6)];
+        if random.u64(..4) == 0 {
+            let count = 1 + random.u64(..(pages - page).min(64));
             // SAFETY: whole pages of our own mapping, which stays mapped. What they held is lost, as is meant here.
             let done = unsafe {
                 libc::madvise(base.add(page as usize * 4096).cast(), count as usize * 4096, libc::MADV_REMOVE)
@@ -397,41 +382,40 @@ fn extents_that_are_not_theirs() {
 }
 
 /// A frame as somebody might send it who knows the protocol's shape and little else.
-fn any_message(random: &mut Random, welcome: &shmquant_protocol::message::Welcome, frame: &mut Vec<u8>) {
+fn any_message(random: &mut Rng, welcome: &shmquant_protocol::message::Welcome, frame: &mut Vec<u8>) {
     let extent = Extent {
-        segment: random.below(40),
-        generation: random.below(4),
-        offset: if random.below(3) == 0 { random.next() } else { 0 },
-        length: random.next() >> random.below(64),
+        segment: random.u64(..40),
+        generation: random.u64(..4),
+        offset: if random.u64(..3) == 0 { random.u64(..) } else { 0 },
+        length: random.u64(..) >> random.u64(..64),
     };
-    let name = ["a", "b", "c"][random.below(3) as usize].to_owned();
-    let release =
-        Release { segment: extent.segment, generation: extent.generation, tainted: random.below(2) == 0 };
-    let message = match random.below(40) {
-        0..=5 => Message::Release(vec![release; random.below(5) as usize]),
+    let name = ["a", "b", "c"][random.usize(..3)].to_owned();
+    let release = Release { segment: extent.segment, generation: extent.generation, tainted: random.bool() };
+    let message = match random.u64(..40) {
+        0..=5 => Message::Release(vec![release; random.usize(..5)]),
         6..=10 => Message::Unmap { segment: extent.segment },
-        11..=15 => Message::Cancel { lane: random.below(4) as u32, request: random.below(9) as u32 },
+        11..=15 => Message::Cancel { lane: random.u32(..4), request: random.u32(..9) },
         16..=19 => Message::Open(Target::Again(extent)),
         20..=22 => Message::Open(Target::Name(name)),
-        23..=24 => Message::Open(Target::Ticket(random.below(9), [0; 16])),
+        23..=24 => Message::Open(Target::Ticket(random.u64(..9), [0; 16])),
         25..=26 => Message::Ticket(extent),
         27..=28 => Message::Publish { extent, replace: true, name },
         29 => Message::Drop { name },
         30 => Message::List {
-            cursor: random.next() >> random.below(64),
+            cursor: random.u64(..) >> random.u64(..64),
             what: shmquant_protocol::message::Listing::Results,
         },
         31 => Message::Stat,
         32..=36 => Message::Ping,
         37 => Message::Hello { minor: MINOR, version: String::new() },
-        38 => Message::Join { session: welcome.session, token: welcome.token, window: random.next() },
-        _ => Message::Wrote { chunks: random.next() as u32 },
+        38 => Message::Join { session: welcome.session, token: welcome.token, window: random.u64(..) },
+        _ => Message::Wrote { chunks: random.u32(..) },
     };
-    message.encode(random.next() as u32, frame);
+    message.encode(random.u32(..), frame);
     // Most of them as they are, so that a connection lives for some; the others changed in one place.
-    if random.below(60) == 0 {
-        let at = random.below(frame.len() as u64) as usize;
-        frame[at] = random.next() as u8;
+    if random.u64(..60) == 0 {
+        let at = random.usize(..frame.len());
+        frame[at] = random.u8(..);
     }
 }
 
@@ -447,7 +431,7 @@ fn many_messages_of_no_sense() {
             for thread in 0..2 {
                 let (daemon, sent) = (&daemon, &sent);
                 scope.spawn(move || {
-                    let mut random = Random(1 + time * 2 + thread);
+                    let mut random = Rng::with_seed(1 + time * 2 + thread);
                     let mut left = each;
                     while left > 0 {
                         left -= connection_of_nonsense(daemon, &mut random, left.min(500));
@@ -461,9 +445,9 @@ fn many_messages_of_no_sense() {
 }
 
 /// Sends up to `most` messages on a connection and reads what comes; gives how many were sent before it ended.
-fn connection_of_nonsense(daemon: &Daemon, random: &mut Random, most: u64) -> u64 {
+fn connection_of_nonsense(daemon: &Daemon, random: &mut Rng, most: u64) -> u64 {
     let client = Client::new(daemon);
-    let lane = if random.below(4) == 0 { Some(client.lane(daemon, MIN_WINDOW)) } else { None };
+    let lane = if random.u64(..4) == 0 { Some(client.lane(daemon, MIN_WINDOW)) } else { None };
     let connection = lane.as_ref().map_or(&client.raw.connection, |lane| &lane.raw.connection);
     let (mut frame, mut buffer, mut fds) = (Vec::new(), vec![0; MAX_FRAME], Vec::new());
     for sent in 0..most {

@@ -15,7 +15,8 @@ use shmquant_protocol::client::Held;
 use shmquant_protocol::failpoint;
 use shmquant_protocol::message::{ErrorCode, Listing};
 
-use crate::life::{SMALL, Ticket, check, live, passed, session};
+use crate::life::{SMALL, Ticket, live, passed};
+use crate::native::{check, session_at};
 use crate::neighbours;
 use crate::place::{Holdings, Neighbour, PATIENCE, Place, Served, Witness, maps, private_kib, wait_until};
 
@@ -65,7 +66,7 @@ fn live_here() {
     let number = variable(NUMBER).unwrap().parse().unwrap();
     let given = variable(TICKET).map(|text| parse_ticket(&text));
     let path = std::env::var_os("SHMQUANT_ADDRESS").unwrap();
-    let session = session(Path::new(&path), None);
+    let session = session_at(Path::new(&path), None);
     live(&session, number, given, &say).unwrap();
     // Both ways to say goodbye: at once, and with the last hold.
     if number % 2 == 0 {
@@ -156,7 +157,7 @@ struct Stage {
 
 impl Stage {
     fn new(place: Place, served: Served, short: bool) -> Self {
-        let witness = Witness::new(session(&place.socket(), None));
+        let witness = Witness::new(session_at(&place.socket(), None));
         let neighbour = Neighbour::new(&place.socket());
         neighbour.work();
         Self { place, served, witness, neighbour, lives: 0, short }

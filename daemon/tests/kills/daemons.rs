@@ -14,7 +14,8 @@ use shmquant_protocol::failpoint;
 
 use crate::clients::{USUAL_KILLS, kills};
 use crate::layers::Layers;
-use crate::life::{LARGE, check, live, session};
+use crate::life::{LARGE, live};
+use crate::native::{check, session_at};
 use crate::place::{OPTIONS, PATIENCE, Place, Served, Witness, program, wait_until};
 
 /// Rounds of life in which a daemon has to come by any of its failpoints.
@@ -107,7 +108,7 @@ fn reach_the_next(own: &Session, point: &str) {
 /// Lives and lives until the daemon dies; its error, or `None` if it came by no failpoint.
 fn live_until_it_dies(path: &Path, hit: &Path) -> Option<ClientError> {
     for round in 0..ROUNDS {
-        let session = session(path, None);
+        let session = session_at(path, None);
         let ended = live(&session, round, None, &|_| {});
         // Ending is a part of life, and has failpoints of its own.
         session.close();
@@ -125,7 +126,7 @@ fn live_until_it_dies(path: &Path, hit: &Path) -> Option<ClientError> {
 fn session_error(path: &Path) -> Option<ClientError> {
     let mut error = None;
     wait_until("nobody answers", || {
-        error = session(path, None).ping().err();
+        error = session_at(path, None).ping().err();
         if error.is_some() { Ok(()) } else { Err("somebody answers".to_owned()) }
     });
     error
@@ -135,7 +136,7 @@ fn session_error(path: &Path) -> Option<ClientError> {
 fn kill_at(backing: &str, names: &[&str]) {
     let place = Place::new();
     let (path, hit) = (place.socket(), place.path("arm.hit"));
-    let own = session(&path, Some(start_command(&place, backing)));
+    let own = session_at(&path, Some(start_command(&place, backing)));
     let current = Current(Cell::new(0));
     let mut held_before: Vec<Witness> = Vec::new();
     for name in names {
@@ -198,7 +199,7 @@ fn kill_at(backing: &str, names: &[&str]) {
 fn kill_at_its_ends(backing: &str, starting: &[&str]) {
     let place = Place::new();
     let hit = place.path("arm.hit");
-    let own = session(&place.socket(), Some(start_command(&place, backing)));
+    let own = session_at(&place.socket(), Some(start_command(&place, backing)));
     let current = Current(Cell::new(0));
     for name in starting.iter().chain(STOPPING) {
         let witness = Witness::new(own.clone());
@@ -290,7 +291,7 @@ fn a_daemon_with_memfds_sweeps_what_one_with_names_left() {
     let mut command = place.command();
     command.args(["--backing", "posix"]);
     let served = Served::start(command);
-    let witness = Witness::new(session(&place.socket(), None));
+    let witness = Witness::new(session_at(&place.socket(), None));
     let instance = witness.session.connect().unwrap().instance;
     assert!(!left_in_shm(instance).is_empty());
     drop(served);
@@ -303,7 +304,7 @@ fn a_daemon_with_memfds_sweeps_what_one_with_names_left() {
 fn a_second_daemon_never_harms_a_living_one() {
     let place = Place::new();
     let served = Served::start(place.command());
-    let witness = Witness::new(session(&place.socket(), None));
+    let witness = Witness::new(session_at(&place.socket(), None));
     for _ in 0..3 {
         let output = place.command().stderr(std::process::Stdio::piped()).output().unwrap();
         let text = String::from_utf8_lossy(&output.stderr);
@@ -313,7 +314,7 @@ fn a_second_daemon_never_harms_a_living_one() {
         witness.session.ping().unwrap();
         assert_eq!(pid_of(&witness.session), served.pid().cast_signed());
         // The address leads to it, too, not only the connection from before.
-        assert_eq!(pid_of(&session(&place.socket(), None)), served.pid().cast_signed());
+        assert_eq!(pid_of(&session_at(&place.socket(), None)), served.pid().cast_signed());
     }
 
     // It dies, and several want its place: one gets it.
@@ -321,7 +322,7 @@ fn a_second_daemon_never_harms_a_living_one() {
     let mut racers: Vec<_> = (0..4).map(|_| place.command().spawn().unwrap()).collect();
     let mut winner = None;
     wait_until("one serves", || {
-        winner = session(&place.socket(), None).stat().ok();
+        winner = session_at(&place.socket(), None).stat().ok();
         if winner.is_some() { Ok(()) } else { Err("nobody serves".to_owned()) }
     });
     let pid = serde_json::from_str::<Value>(&winner.unwrap()).unwrap()["pid"].as_u64().unwrap();
@@ -332,6 +333,6 @@ fn a_second_daemon_never_harms_a_living_one() {
         assert!(!output.status.success());
     }
     witness.check();
-    let next = Witness::new(session(&place.socket(), None));
+    let next = Witness::new(session_at(&place.socket(), None));
     assert_eq!(pid_of(&next.session), winner.pid().cast_signed());
 }

@@ -1,20 +1,16 @@
 //! The whole life of a client, every step of both life cycles at least once.
 #![allow(unsafe_code, reason = "values are written to shared memory")]
 
-use std::io::Cursor;
 use std::time::{Duration, Instant};
 
-use arrow_array::cast::AsArray;
-use arrow_ipc::reader::FileReader;
 use shmquant_protocol::chunks::{Action, Chunk};
-use shmquant_protocol::client::{
-    Address, ClientError, Config, Held, Input, Options, Session, Source, StartCommand,
-};
+use shmquant_protocol::client::{ClientError, Input, Options, Session, Source};
 use shmquant_protocol::descriptor::Descriptor;
 use shmquant_protocol::failpoint;
 use shmquant_protocol::message::Naming;
 
 use crate::layers::Layers;
+use crate::native::check;
 use crate::place::pause;
 
 /// Layers of one small request, one round trip.
@@ -24,27 +20,6 @@ pub(crate) const LARGE: &[u64] = &[255_000; 8];
 
 /// Number and secret.
 pub(crate) type Ticket = (u64, [u8; 16]);
-
-/// A session at a socket.
-pub(crate) fn session(path: &std::path::Path, start: Option<StartCommand>) -> Session {
-    Session::new(Config { address: Address::Path(path.to_owned()), start, ..Config::default() })
-}
-
-/// The values are whole numbers from -127 to 127, so that each is its own code.
-pub(crate) fn check(held: &Held, sizes: &[u64]) {
-    let mut layer = 0;
-    for batch in FileReader::try_new(Cursor::new(held.as_slice()), None).unwrap() {
-        let batch = batch.unwrap();
-        for codes in batch.column_by_name("quantized_data").unwrap().as_binary::<i32>().iter() {
-            let codes = codes.unwrap();
-            assert_eq!(codes.len() as u64, sizes[layer]);
-            let right = |(i, code): (usize, &u8)| i16::from(code.cast_signed()) == (i % 255) as i16 - 127;
-            assert!(codes.iter().enumerate().all(right), "layer {layer}");
-            layer += 1;
-        }
-    }
-    assert_eq!(layer, sizes.len());
-}
 
 /// How often this process has come by a failpoint.
 pub(crate) fn passed(name: &str) -> u64 {

@@ -7,6 +7,8 @@ mod daemons;
 #[path = "../../../protocol/tests/layers/mod.rs"]
 mod layers;
 mod life;
+#[path = "../native/mod.rs"]
+mod native;
 mod neighbours;
 mod place;
 

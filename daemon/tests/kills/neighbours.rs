@@ -14,7 +14,8 @@ use shmquant_protocol::descriptor::Descriptor;
 
 use crate::clients::role;
 use crate::layers::Layers;
-use crate::life::{SMALL, check, session};
+use crate::life::SMALL;
+use crate::native::{check, session_at};
 use crate::place::{Holdings, PATIENCE, Place, Served, Witness, program, wait_until};
 
 /// The part a child plays.
@@ -30,7 +31,7 @@ fn mib(n: u64) -> Vec<u64> {
 /// Plays a part until somebody ends it.
 pub(crate) fn play() {
     let path = std::env::var_os("SHMQUANT_ADDRESS").unwrap();
-    let session = session(Path::new(&path), None);
+    let session = session_at(Path::new(&path), None);
     let part = std::env::var(PART).unwrap();
     let held: Option<Held> = match part.as_str() {
         "holds" => Some(quantize(&session, &Layers::new(&mib(32)))),
@@ -161,7 +162,7 @@ fn await_waiting(observer: &Session, n: u64) {
 /// Asks for `mib(n)` with no deadline, on a thread of its own; the answer comes through the channel.
 fn ask(path: &Path, n: u64) -> mpsc::Receiver<Held> {
     let (send, receive) = mpsc::channel();
-    let session = session(path, None);
+    let session = session_at(path, None);
     std::thread::spawn(move || {
         let held = quantize(&session, &Layers::new(&mib(n)));
         send.send(held).unwrap();
@@ -173,7 +174,7 @@ fn ask(path: &Path, n: u64) -> mpsc::Receiver<Held> {
 fn what_only_a_killed_client_held_goes_to_who_waits_for_it() {
     let place = Place::new();
     let served = narrow(&place);
-    let observer = session(&place.socket(), None);
+    let observer = session_at(&place.socket(), None);
     for part in ["holds", "fills"] {
         let mut client = Player::start(&place.socket(), part);
         client.await_line("there");
@@ -196,7 +197,7 @@ fn what_only_a_killed_client_held_goes_to_who_waits_for_it() {
 fn who_is_killed_in_the_queue_holds_nobody_up() {
     let place = Place::new();
     let _served = narrow(&place);
-    let observer = session(&place.socket(), None);
+    let observer = session_at(&place.socket(), None);
     let held = quantize(&observer, &Layers::new(&mib(16)));
     let mut first = Player::start(&place.socket(), "queues");
     first.await_line("there");
@@ -214,7 +215,7 @@ fn who_is_killed_in_the_queue_holds_nobody_up() {
 fn a_session_ends_with_its_process_though_another_one_has_its_sockets() {
     let place = Place::new();
     let served = Served::start(place.command());
-    let witness = Witness::new(session(&place.socket(), None));
+    let witness = Witness::new(session_at(&place.socket(), None));
     let base = Holdings::of(&witness.session, served.pid());
     let mut client = Player::start(&place.socket(), "has a child");
     let child = client.await_line("child ");

@@ -13,7 +13,7 @@ use shmquant_protocol::client::{Held, Options, Session};
 use tempfile::TempDir;
 
 use crate::layers::Layers;
-use crate::life::{check, session};
+use crate::native::{check, session_at};
 
 /// How long a condition may take to come true before the test gives up.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -217,7 +217,7 @@ pub(crate) struct Neighbour(Session);
 
 impl Neighbour {
     pub(crate) fn new(path: &Path) -> Self {
-        Self(session(path, None))
+        Self(session_at(path, None))
     }
 
     pub(crate) fn work(&self) {

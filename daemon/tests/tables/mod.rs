@@ -385,15 +385,8 @@ pub(crate) fn layout(rows: u64, k: u64, spec: &Spec, pad_rows: bool) -> Layout {
 
 /// Numbers that look like weights, the same every time.
 pub(crate) fn numbers(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    (0..n)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            ((state >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 3.0
-        })
-        .collect()
+    let mut random = fastrand::Rng::with_seed(seed);
+    (0..n).map(|_| (random.f32() - 0.5) * 3.0).collect()
 }
 
 pub(crate) fn to_bytes(values: &[f32], dtype: FloatType) -> Vec<u8> {
