@@ -83,6 +83,7 @@ MESSAGES = [
     ("LIST", 12, {"cursor": 0, "what": m.DATASETS}),
     ("LIST", 13, {"cursor": 4, "what": m.RESULTS}),
     ("LIST", 14, {"cursor": 0, "what": m.SESSIONS}),
+    ("LIST", 15, {"cursor": 9, "what": m.INPUTS}),
     ("LIST reply", 12, {"cursor": 4, "entries": ['{"name":"a"}', "{}"]}),
     ("LIST reply", 13, {"cursor": 0, "entries": []}),
     ("STAT", 15, {}),
@@ -155,7 +156,7 @@ REFUSED = [
     ("OPEN of kind 3", patched("OPEN", 16, b"\3", kind=1)),
     ("OPEN by ticket with a name", m.frame(9, 1, b"\1".ljust(64, b"\0"), m.string("a"))),
     ("ALLOC of purpose 2", m.encode("ALLOC", 1, bytes=1, purpose=2)),
-    ("LIST of what 3", m.encode("LIST", 1, what=3)),
+    ("LIST of what 4", m.encode("LIST", 1, what=4)),
     ("more entries than bytes", patched("LIST reply", 24, b"\xff\xff\xff\xff")),
 ]
 

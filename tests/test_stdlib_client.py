@@ -422,6 +422,9 @@ def test_values_that_lie_in_an_input(session, lane, rows):
         assert lane.consumed_notices == 0
         if spec is INT8_ROWS:
             assert list(batch["there"].values()) == symmetric_codes(values, k)
+    listed = {entry["segment"]: entry for entry in map(json.loads, session.list(m.INPUTS))}
+    mine = listed[lease["extent"]["segment"]]
+    assert (mine["state"], mine["length"], mine["holders"]) == ("input", len(memory), [os.getpid()])
     said = json.loads(session.stat())
     assert said["bytes_shared"] - asked["bytes_shared"] == 4 * rows * k * 4
     session.release(lease)

@@ -103,17 +103,10 @@ pub(crate) fn list(hub: &Hub, cursor: u64, what: Listing) -> Message {
             }
         }
         Listing::Results => {
-            let mut entries: Vec<_> = books
-                .registry
-                .iter()
-                .filter(|e| e.id > cursor && e.is_complete() && !e.leases.is_empty())
-                .collect();
-            entries.sort_by_key(|e| e.id);
-            for entry in entries {
-                if !page.push(entry.id, || result_entry(&books, entry)) {
-                    break;
-                }
-            }
+            page.push_segments(&books, |e| e.is_complete() && !e.leases.is_empty(), result_entry);
+        }
+        Listing::Inputs => {
+            page.push_segments(&books, |e| e.is_input() && e.is_leasable() && e.is_held(), input_entry);
         }
         Listing::Sessions => {
             for id in books.sessions.range(cursor.saturating_add(1)..).map(|(id, _)| *id) {
@@ -146,6 +139,23 @@ impl Page {
         self.last = cursor;
         true
     }
+
+    /// Adds segments of one kind, in the order of their numbers.
+    fn push_segments(
+        &mut self,
+        books: &Books,
+        wanted: impl Fn(&Entry) -> bool,
+        show: fn(&Books, &Entry) -> Value,
+    ) {
+        let after = self.last;
+        let mut entries: Vec<_> = books.registry.iter().filter(|e| e.id > after && wanted(e)).collect();
+        entries.sort_by_key(|e| e.id);
+        for entry in entries {
+            if !self.push(entry.id, || show(books, entry)) {
+                break;
+            }
+        }
+    }
 }
 
 fn dataset_entry(books: &Books, dataset: &Dataset) -> Value {
@@ -176,6 +186,20 @@ fn result_entry(books: &Books, entry: &Entry) -> Value {
         "created": seconds(entry.created),
         "tickets": entry.tickets,
         "dataset": entry.datasets > 0,
+        "holders": holders(books, entry),
+    })
+}
+
+fn input_entry(books: &Books, entry: &Entry) -> Value {
+    json!({
+        "segment": entry.id,
+        "generation": entry.generation,
+        "state": "input",
+        "size": entry.size,
+        "length": entry.length(),
+        "age_s": age(entry.created),
+        "created": seconds(entry.created),
+        "readers": entry.readers,
         "holders": holders(books, entry),
     })
 }

@@ -360,6 +360,7 @@ fn lists_say_who_holds_what() {
     assert_eq!(results.len(), 1);
     assert_eq!(results[0]["segment"], lease.extent.segment);
     assert_eq!(results[0]["holders"], serde_json::json!([std::process::id()]));
+    assert_eq!(list(Listing::Inputs), Vec::<serde_json::Value>::new());
     let sessions = list(Listing::Sessions);
     assert_eq!((sessions.len(), &sessions[0]["results"], &sessions[0]["lanes"]), (1, &1.into(), &1.into()));
     assert_eq!(sessions[0]["pid"], std::process::id());

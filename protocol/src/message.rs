@@ -84,6 +84,8 @@ pub enum Listing {
     Results,
     /// Sessions.
     Sessions,
+    /// Inputs that sessions hold.
+    Inputs,
 }
 
 /// What `ALLOC` asks for.
@@ -492,6 +494,7 @@ impl Message {
                     0 => Listing::Datasets,
                     1 => Listing::Results,
                     2 => Listing::Sessions,
+                    3 => Listing::Inputs,
                     value => return Err(WireError::Value { what: "what", value: u64::from(value) }),
                 },
             },

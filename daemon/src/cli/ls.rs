@@ -1,4 +1,4 @@
-//! `shmquant ls`: datasets, and results that processes hold.
+//! `shmquant ls`: datasets, and the results and inputs that processes hold.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -15,16 +15,16 @@ use super::units;
 /// Letters of a command line that are shown.
 const COMMAND: usize = 40;
 
-/// List datasets and the results that processes hold
+/// List datasets, and the results and inputs that processes hold
 ///
-/// A dataset's path can be mapped by any Arrow reader; unnamed results have none. The holder is who made a dataset, or the processes that hold a result.
+/// A dataset's path can be mapped by any Arrow reader; what has no name has none. The holder is who made a dataset, or the processes that hold a result. An input is memory that a process writes its values to.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// List processes instead: what each holds and how much memory it takes
     #[arg(long)]
     sessions: bool,
 
-    /// Print JSON: datasets, results and sessions, with everything that is known about them
+    /// Print JSON: datasets, results, inputs and sessions, with everything that is known about them
     #[arg(long)]
     json: bool,
 }
@@ -34,19 +34,22 @@ pub(super) fn run(args: &Args, link: &Link, out: &mut dyn Write) -> Result<(), C
     // One after another, so something may come or go in between; nothing here adds them up.
     let datasets = list(&session, What::Datasets)?;
     let results = list(&session, What::Results)?;
+    let inputs = list(&session, What::Inputs)?;
     let mut sessions = list(&session, What::Sessions)?;
     session.close();
     // Whoever asks is there only for asking.
     let own = u64::from(std::process::id());
     sessions.retain(|session| session["pid"].as_u64() != Some(own));
     if args.json {
-        let all = json!({ "datasets": datasets, "results": results, "sessions": sessions });
+        let all = json!({ "datasets": datasets, "results": results, "inputs": inputs, "sessions": sessions });
         return writeln!(out, "{all:#}").map_err(CliError::Stdout);
     }
+    let unnamed = results.iter().filter(|result| result["dataset"] != Value::Bool(true)).chain(&inputs);
     let listing =
-        if args.sessions { of_sessions(&sessions) } else { of_memory(&datasets, &results, &sessions) };
+        if args.sessions { of_sessions(&sessions) } else { of_memory(&datasets, unnamed, &sessions) };
     if listing.is_empty() {
-        let what = if args.sessions { "no process uses the daemon" } else { "no datasets and no results" };
+        let what =
+            if args.sessions { "no process uses the daemon" } else { "no datasets, results or inputs" };
         eprintln!("{what}");
         return Ok(());
     }
@@ -60,7 +63,11 @@ fn list(session: &Session, what: What) -> Result<Vec<Value>, CliError> {
     Ok(session.list(what)?.iter().map(parse).collect::<Result<_, _>>()?)
 }
 
-fn of_memory(datasets: &[Value], results: &[Value], sessions: &[Value]) -> Listing {
+fn of_memory<'a>(
+    datasets: &[Value],
+    unnamed: impl Iterator<Item = &'a Value>,
+    sessions: &[Value],
+) -> Listing {
     let commands: HashMap<u64, &str> =
         sessions.iter().filter_map(|s| Some((s["pid"].as_u64()?, s["command"].as_str()?))).collect();
     let holder = |pid: u64, command: Option<&str>| match command {
@@ -79,15 +86,14 @@ fn of_memory(datasets: &[Value], results: &[Value], sessions: &[Value]) -> Listi
             word(dataset, "path"),
         ]);
     }
-    for result in results.iter().filter(|result| result["dataset"] != Value::Bool(true)) {
-        let pids = result["holders"].as_array().into_iter().flatten().filter_map(Value::as_u64);
+    for entry in unnamed {
+        let pids = entry["holders"].as_array().into_iter().flatten().filter_map(Value::as_u64);
         let holders: Vec<_> = pids.map(|pid| holder(pid, commands.get(&pid).copied())).collect();
-        let state = word(result, "state");
         listing.row([
             "-".to_owned(),
-            state,
-            size(result, "length"),
-            age(result),
+            word(entry, "state"),
+            size(entry, "length"),
+            age(entry),
             holders.join(", "),
             "-".to_owned(),
         ]);
@@ -96,8 +102,9 @@ fn of_memory(datasets: &[Value], results: &[Value], sessions: &[Value]) -> Listi
 }
 
 fn of_sessions(sessions: &[Value]) -> Listing {
-    let mut listing =
-        Listing::new(&[">pid", "command", ">age", ">lanes", ">results", ">held", ">pool", ">windows"]);
+    let mut listing = Listing::new(&[
+        ">pid", "command", ">age", ">lanes", ">results", ">held", ">inputs", ">pool", ">windows",
+    ]);
     for session in sessions {
         let number = |name: &str| session[name].as_u64().map_or(String::new(), units::count);
         listing.row([
@@ -107,6 +114,7 @@ fn of_sessions(sessions: &[Value]) -> Listing {
             number("lanes"),
             number("results"),
             size(session, "bytes"),
+            size(session, "input_bytes"),
             size(session, "pool_bytes"),
             size(session, "window_bytes"),
         ]);
