@@ -93,6 +93,7 @@ fn only_frames_of_the_protocol_are_sent() {
 
 #[test]
 fn what_breaks_the_protocol_is_told_apart_and_leaves_no_descriptor() {
+    let _closed_is_closed = child::no_forks();
     let (a, b) = Connection::pair().unwrap();
     let (mut buf, mut fds) = ([0; 16], Vec::new());
     let pipe = || {
@@ -188,6 +189,7 @@ fn shutdown_wakes_whoever_waits() {
 
 #[test]
 fn what_was_sent_before_the_end_arrives() {
+    let _closed_is_closed = child::no_forks();
     let (a, b) = Connection::pair().unwrap();
     let (mut buf, mut fds) = ([0; 16], Vec::new());
     a.send(b"last words", &[a.as_fd()]).unwrap();
@@ -294,6 +296,7 @@ fn mode(path: &Path) -> u32 {
 
 #[test]
 fn a_listener_is_private_and_alone() {
+    let _closed_is_closed = child::no_forks();
     let Address { dir: _dir, path } = address();
     assert!(matches!(Connection::connect(&path).unwrap_err(), SocketError::NotListening { .. }));
     let listener = Listener::bind(&path).unwrap();
@@ -320,6 +323,7 @@ fn a_listener_is_private_and_alone() {
 
 #[test]
 fn one_of_many_that_start_at_once_gets_the_address() {
+    let _closed_is_closed = child::no_forks();
     let Address { dir: _dir, path } = address();
     for _ in 0..50 {
         let made: Vec<_> = std::thread::scope(|scope| {
@@ -348,6 +352,7 @@ fn the_address_of_a_killed_daemon_is_taken_over() {
     assert!(matches!(Listener::bind(&path).unwrap_err(), SocketError::AlreadyServed { .. }));
     daemon.kill().unwrap();
     daemon.wait().unwrap();
+    let _closed_is_closed = child::no_forks();
     assert!(path.exists(), "kill -9 leaves the socket");
     let listener = Listener::bind(&path).unwrap();
     Connection::connect(&path).unwrap();
@@ -541,6 +546,7 @@ fn connect_and_fork() {
 
 #[test]
 fn last_words_are_heard_from_a_peer_that_did_not_listen() {
+    let _closed_is_closed = child::no_forks();
     for blocking in [true, false] {
         let (a, b) = Connection::pair().unwrap();
         a.send(b"never read", &[]).unwrap();

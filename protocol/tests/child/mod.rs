@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -23,7 +24,20 @@ pub(crate) fn command(role: &str) -> Command {
 
 /// Starts a child whose standard input is the given descriptor.
 pub(crate) fn spawn(role: &str, stdin: OwnedFd) -> Child {
-    command(role).stdin(Stdio::from(stdin)).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    start(command(role).stdin(Stdio::from(stdin)))
+}
+
+fn start(command: &mut Command) -> Child {
+    let _alone = FORKS.write().unwrap_or_else(PoisonError::into_inner);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+static FORKS: RwLock<()> = RwLock::new(());
+
+/// While this is held, no other test starts a child. Between fork and exec a child has every descriptor of this process: one
+/// that is closed here is not closed, nor is its lock free, for as long as that takes.
+pub(crate) fn no_forks() -> RwLockReadGuard<'static, ()> {
+    FORKS.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Waits for a child and fails with its output unless it played its role to the end.
@@ -37,9 +51,7 @@ pub(crate) fn expect_success(role: &str, child: Child) {
 
 /// Plays a role to its end in a child and waits for it.
 pub(crate) fn play(role: &str) {
-    let mut command = command(role);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    expect_success(role, command.spawn().unwrap());
+    expect_success(role, start(command(role).stdin(Stdio::null())));
 }
 
 /// What a child prints when it is through, so that one that did not play its role cannot pass.
