@@ -27,12 +27,13 @@ fn an_end_before_the_answer_to_hello_means_another_try() {
 #[test]
 fn a_small_table_is_in_the_window_before_the_request_and_its_hold_comes_back() {
     let (session, daemon) = session();
-    let running = call(&session, small(), Some(Duration::from_secs(9)));
+    let running = call(&session, small(), Some(Duration::from_secs(3600)));
     let primary = daemon.primary();
     let lane = daemon.lane();
     let (request, quantize) = lane.hear_quantize();
     assert_eq!((quantize.ready, quantize.releases.len()), (1, 0));
-    assert!((8000..=9000).contains(&quantize.timeout), "{}", quantize.timeout);
+    // What is left of it, on a machine that may have been busy for a minute.
+    assert!((3_540_000..=3_600_000).contains(&quantize.timeout), "{}", quantize.timeout);
     let segment = result(11, 1);
     lane.say(request, &done(lease(11, 1, true)), &[segment.fd()]);
     let held = running.join().unwrap().unwrap().held;
@@ -188,15 +189,21 @@ fn the_window_is_filled_to_its_end_and_again_as_it_is_consumed() {
 #[test]
 fn a_silent_daemon_is_cancelled_at_the_deadline_on_the_primary() {
     let (session, daemon) = session();
-    let running = call(&session, small(), Some(Duration::from_millis(60)));
+    // A call without a deadline makes the connections: of the second one's time nothing is spent on them.
+    let running = call(&session, small(), None);
     let primary = daemon.primary();
     let lane = daemon.lane();
+    let (request, _) = lane.hear_quantize();
+    let refused = Failure::new(ErrorCode::Unsupported, "not today", "");
+    lane.say(request, &Message::Error(Box::new(refused)), &[]);
+    assert!(running.join().unwrap().is_err());
+    let running = call(&session, small(), Some(Duration::from_secs(1)));
     let (request, _) = lane.hear_quantize();
     assert_eq!(primary.hear(), (0, Message::Cancel { lane: 3, request }));
     let failure = Failure::new(ErrorCode::Cancelled, "cancelled", "");
     lane.say(request, &Message::Error(Box::new(failure)), &[]);
     let error = running.join().unwrap().unwrap_err();
-    assert!(matches!(error, ClientError::Deadline { timeout } if timeout.as_millis() == 60), "{error}");
+    assert!(matches!(error, ClientError::Deadline { timeout } if timeout.as_secs() == 1), "{error}");
 }
 
 #[test]

@@ -124,8 +124,8 @@ mod tests {
     fn the_caller_is_asked_now_and_then() {
         let asked = std::sync::atomic::AtomicU32::new(0);
         let stop = || asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed) == 1;
-        let mut clock = Clock::new(None, Some(&stop));
         let started = Instant::now();
+        let mut clock = Clock::new(None, Some(&stop));
         while clock.check().is_none() {
             std::hint::spin_loop();
         }
