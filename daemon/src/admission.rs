@@ -19,8 +19,6 @@ use crate::life::{Life, ResultLife};
 const SMALL: u64 = 1 << 20;
 /// Most bytes kept back for small growths.
 const MOST_RESERVE: u64 = 64 << 20;
-/// A session with several lanes has other threads that may be about to release something.
-const GRACE: Duration = Duration::from_millis(300);
 
 /// Idle segments that go at once where a limit of the process is met.
 const SHED: usize = 16;
@@ -54,13 +52,16 @@ pub(crate) struct Asked {
     pub(crate) deadline: Option<Instant>,
     /// For a window, without which none of the lane's requests can even be asked.
     pub(crate) window: bool,
+    /// How long a session with several lanes may wait for what only its own threads could free.
+    pub(crate) grace: Duration,
     since: Instant,
     number: Option<u64>,
 }
 
 impl Asked {
     pub(crate) fn new(session: u64, bytes: u64, deadline: Option<Instant>) -> Self {
-        Self { session, bytes, deadline, window: false, since: Instant::now(), number: None }
+        let (window, grace, since, number) = (false, Duration::ZERO, Instant::now(), None);
+        Self { session, bytes, deadline, window, grace, since, number }
     }
 }
 
@@ -151,7 +152,7 @@ impl Books {
         let stuck = self.stuck_bytes(asked.session);
         if asked.bytes > limit.saturating_sub(reserve).saturating_sub(stuck) {
             let several = self.sessions.get(&asked.session).is_some_and(|a| a.lanes.len() > 1);
-            if !several || stuck == 0 || asked.since.elapsed() >= GRACE {
+            if !several || stuck == 0 || asked.since.elapsed() >= asked.grace {
                 return self.refuse(asked, limit, reserve, ErrorCode::NoRoom);
             }
         }

@@ -41,6 +41,8 @@ pub struct Config {
     pub pool_divisor: u64,
     /// Idle memory is given back to the host after so long.
     pub pool_idle: Duration,
+    /// A request waits so long for memory that only other threads of its own process could free.
+    pub grace: Duration,
     /// A ticket that nobody opened is removed after so long.
     pub ticket_ttl: Duration,
     /// `serve_main`: leave the caller's session, directory and descriptors, and log to a file.
@@ -68,6 +70,7 @@ impl Default for Config {
             idle_exit: None,
             pool_divisor: 4,
             pool_idle: Duration::from_secs(60),
+            grace: Duration::from_millis(300),
             ticket_ttl: Duration::from_secs(3600),
             detach: false,
             log: None,

@@ -108,6 +108,7 @@ impl<'a> Turn<'a> {
         mut wait: impl FnMut(&mut Asked) -> Result<(), Trouble>,
     ) -> Result<Made<'a>, Trouble> {
         let hub = self.hub;
+        self.asked.grace = hub.config.grace;
         loop {
             let at = hub.books().snapshot();
             let seen = Headroom::read(hub.config.backing);

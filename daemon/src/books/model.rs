@@ -299,6 +299,7 @@ impl World {
         self.assert_none_free(session.id, Kind::Result, size);
         let at = self.books.snapshot();
         let mut asked = Asked::new(session.id, size, None);
+        asked.grace = Duration::from_secs(3600);
         self.taken_back = true;
         match self.books.admit(&mut asked, Some(BUDGET), self.headroom, at) {
             Verdict::Granted => {
