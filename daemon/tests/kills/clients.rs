@@ -169,15 +169,7 @@ impl Stage {
 
     /// A base line that stays: the same twice, with work in between.
     fn settled(&self) -> Holdings {
-        let mut last = self.holdings();
-        wait_until("the base line", || {
-            self.neighbour.work();
-            let now = self.holdings();
-            let same = now == last;
-            last = now;
-            if same { Ok(()) } else { Err(format!("{last:?}")) }
-        });
-        last
+        Holdings::at_rest(&self.witness.session, self.served.pid(), || self.neighbour.work())
     }
 
     /// Lets clients live at the same time, each up to its failpoint, and gives back what documented holds they left.

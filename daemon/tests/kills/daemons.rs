@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
-use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, mpsc};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -78,6 +78,18 @@ fn wait_for_end(pid: i32) {
 fn left_in_shm(instance: u64) -> Vec<String> {
     let entries = fs::read_dir("/dev/shm").unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
     entries.filter(|name| name.contains(&format!("{instance:016x}"))).collect()
+}
+
+/// Those who wait here for a sweep, and those who kill daemons in the middle of theirs: not at the same time, for a daemon
+/// that finds another one sweeping leaves it to that one.
+static SWEEPING: Mutex<()> = Mutex::new(());
+
+/// The next daemon has started, so what a dead one left by name is gone, or a daemon of another test is just about to remove it.
+fn wait_until_swept(instance: u64, after: &str) {
+    wait_until(&format!("{after}: not swept"), || {
+        let left = left_in_shm(instance);
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    });
 }
 
 /// From now on the daemon dies at a point: `name` or `name:3`.
@@ -176,7 +188,7 @@ fn kill_at(backing: &str, names: &[&str]) {
         reach_the_next(&own, name);
         current.is(&own);
         assert_ne!(own.connect().unwrap().instance, instance, "{name}");
-        assert_eq!(left_in_shm(instance), Vec::<String>::new(), "{name}: not swept");
+        wait_until_swept(instance, name);
         witness.check();
         check(&large, LARGE);
         let error = own.publish(&large, "again", false).unwrap_err();
@@ -237,7 +249,7 @@ fn kill_at_its_ends(backing: &str, starting: &[&str]) {
         reach_the_next(&own, name);
         current.is(&own);
         assert_ne!(own.connect().unwrap().instance, instance, "{name}");
-        assert_eq!(left_in_shm(instance), Vec::<String>::new(), "{name}: not swept");
+        wait_until_swept(instance, name);
         witness.check();
         more.iter().for_each(Witness::check);
     }
@@ -270,11 +282,13 @@ fn a_daemon_killed_later_harms_nobody_either() {
 #[test]
 fn a_daemon_killed_while_it_starts_or_stops_harms_nobody() {
     kill_at_its_ends("memfd", STARTING);
+    let _alone = SWEEPING.lock().unwrap_or_else(PoisonError::into_inner);
     kill_at_its_ends("posix", &[STARTING, STARTING_POSIX].concat());
 }
 
 #[test]
 fn what_a_killed_daemon_leaves_by_name_is_swept_by_the_next() {
+    let _alone = SWEEPING.lock().unwrap_or_else(PoisonError::into_inner);
     let names = [
         "daemon.window_made",
         "daemon.segment_made",
@@ -287,6 +301,7 @@ fn what_a_killed_daemon_leaves_by_name_is_swept_by_the_next() {
 
 #[test]
 fn a_daemon_with_memfds_sweeps_what_one_with_names_left() {
+    let _alone = SWEEPING.lock().unwrap_or_else(PoisonError::into_inner);
     let place = Place::new();
     let mut command = place.command();
     command.args(["--backing", "posix"]);
@@ -296,7 +311,7 @@ fn a_daemon_with_memfds_sweeps_what_one_with_names_left() {
     assert!(!left_in_shm(instance).is_empty());
     drop(served);
     let _next = Served::start(place.command());
-    assert_eq!(left_in_shm(instance), Vec::<String>::new());
+    wait_until_swept(instance, "with memfds");
     witness.check();
 }
 

@@ -1,6 +1,7 @@
 //! The whole life of a client, every step of both life cycles at least once.
 #![allow(unsafe_code, reason = "values are written to shared memory")]
 
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use shmquant_protocol::chunks::{Action, Chunk};
@@ -26,10 +27,10 @@ pub(crate) fn passed(name: &str) -> u64 {
     failpoint::passed().iter().find(|(n, _)| *n == name).map_or(0, |(_, count)| *count)
 }
 
-/// A source whose fifth chunk takes until the call has been asked whether to go on.
+/// A source whose fifth chunk takes until the call is to be asked whether to go on, which is some time after it began.
 struct Slow {
     layers: Layers,
-    started: Instant,
+    started: OnceLock<Instant>,
 }
 
 impl Source for Slow {
@@ -39,7 +40,9 @@ impl Source for Slow {
 
     fn fill(&self, chunk: &Chunk, out: &mut [u8]) {
         self.layers.fill(chunk, out);
-        while chunk.item >= 4 && self.started.elapsed() < Duration::from_millis(60) {
+        // From here and not from before the call: that can be any time ago when the call begins.
+        while chunk.item >= 4 && self.started.get_or_init(Instant::now).elapsed() < Duration::from_millis(60)
+        {
             pause();
         }
     }
@@ -113,7 +116,7 @@ pub(crate) fn live(
     let (ticket, secret) = session.ticket(&small)?;
     say(format!("ticket {ticket} {}", u128::from_le_bytes(secret)));
 
-    let slow = Slow { layers: Layers::new(&[255_000; 12]), started: Instant::now() };
+    let slow = Slow { layers: Layers::new(&[255_000; 12]), started: OnceLock::new() };
     let options = Options { interrupted: Some(&|| true), ..Options::default() };
     match session.quantize(&slow, &options) {
         Err(ClientError::Cancelled) => {}

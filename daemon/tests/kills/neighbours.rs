@@ -216,7 +216,7 @@ fn a_session_ends_with_its_process_though_another_one_has_its_sockets() {
     let place = Place::new();
     let served = Served::start(place.command());
     let witness = Witness::new(session_at(&place.socket(), None));
-    let base = Holdings::of(&witness.session, served.pid());
+    let base = Holdings::at_rest(&witness.session, served.pid(), || {});
     let mut client = Player::start(&place.socket(), "has a child");
     let child = client.await_line("child ");
     let sockets = || {

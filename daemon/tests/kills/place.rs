@@ -132,22 +132,34 @@ impl Holdings {
             (name.to_owned(), stat[name].clone())
         });
         let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
-        // Sockets are told by their inode, and one that was closed meanwhile has none.
+        // Sockets are told by their inode, and one that was closed meanwhile has none. Segments have numbers, and another one
+        // may be as good: what has been idle for a minute is given back and made anew.
         let kind = |target: PathBuf| {
             let text = target.to_string_lossy().into_owned();
-            text.split_once(":[").map_or(text.clone(), |(kind, _)| kind.to_owned())
+            let kind = text.split_once(":[").map(|(kind, _)| kind.to_owned());
+            kind.or_else(|| segment_kind(&text)).unwrap_or(text)
         };
         let mut fds: Vec<String> =
             fds.map(|fd| fs::read_link(fd.unwrap().path()).map_or_else(|e| e.to_string(), kind)).collect();
         fds.sort();
-        let mut mapped: Vec<String> = maps(pid)
-            .lines()
-            .filter_map(|line| line.find("shmquant.").map(|at| line[at..].to_owned()))
-            .collect();
+        let mut mapped: Vec<String> = maps(pid).lines().filter_map(segment_kind).collect();
         mapped.sort();
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let threads = status.lines().find(|line| line.starts_with("Threads:")).unwrap().to_owned();
         Self { counters: counters.into(), fds, mapped, threads }
+    }
+
+    /// What it has at rest: the thread that has sent a reply is not through with it when the reply is here.
+    pub(crate) fn at_rest(session: &Session, pid: u32, between: impl Fn()) -> Self {
+        let mut last = Self::of(session, pid);
+        wait_until("the daemon comes to rest", || {
+            between();
+            let now = Self::of(session, pid);
+            let rests = now == last && now.counters["jobs"] == 0 && now.counters["runs"] == 0;
+            last = now;
+            if rests { Ok(()) } else { Err(format!("{last:?}")) }
+        });
+        last
     }
 
     /// Connections that the daemon serves.
@@ -162,6 +174,13 @@ impl Holdings {
             if now == *self { Ok(()) } else { Err(format!("\nbefore {self:?}\nnow    {now:?}")) }
         });
     }
+}
+
+/// `shmquant.<instance>.<kind>` of a text with a segment's name in it.
+fn segment_kind(text: &str) -> Option<String> {
+    let name = &text[text.find("shmquant.")?..];
+    let mut parts = name.split('.').take(3);
+    Some(format!("{}.{}.{}", parts.next()?, parts.next()?, parts.next()?))
 }
 
 /// The memory map of a process.
