@@ -49,8 +49,9 @@ impl Running {
     fn with_client() -> (Self, Client) {
         loop {
             let running = Self::start();
-            if let Ok(connection) = Connection::connect(&running.address) {
-                return (running, Client::over(Raw::over(connection)));
+            let client = Connection::connect(&running.address).ok();
+            if let Some(client) = client.and_then(|connection| Client::greet(Raw::over(connection)).ok()) {
+                return (running, client);
             }
         }
     }

@@ -400,9 +400,11 @@ fn cancelling_in_the_middle_of_a_stream() {
         let running = lane.start(&big);
         let cancel = Message::Cancel { lane: lane.id, request: running.request };
         if on_the_lane {
-            lane.raw.send_as(0, &cancel)
+            lane.raw.send_as(0, &cancel);
         } else {
-            client.raw.send_as(0, &cancel)
+            client.raw.send_as(0, &cancel);
+            // The primary is read by another thread, which might come too late if the values went on at once.
+            client.ask(&Message::Ping).unwrap();
         }
         assert_eq!(lane.finish(running, &big).unwrap_err().code, ErrorCode::Cancelled);
         // The lane goes on, and what the job had is there to use.

@@ -102,10 +102,18 @@ impl Client {
         Self::over(Raw::new(daemon))
     }
 
-    pub(crate) fn over(mut raw: Raw) -> Self {
-        raw.send(&Message::Hello { minor: MINOR, version: "test".to_owned() });
-        match raw.recv().unwrap().1 {
-            Message::Welcome(welcome) => Self { raw, welcome, notices: VecDeque::new() },
+    pub(crate) fn over(raw: Raw) -> Self {
+        Self::greet(raw).unwrap()
+    }
+
+    /// Says `HELLO` to a daemon that may be about to end.
+    pub(crate) fn greet(mut raw: Raw) -> Result<Self, SocketError> {
+        let mut frame = Vec::new();
+        Message::Hello { minor: MINOR, version: "test".to_owned() }.encode(raw.next, &mut frame);
+        raw.next += 1;
+        raw.connection.send(&frame, &[])?;
+        match raw.recv()?.1 {
+            Message::Welcome(welcome) => Ok(Self { raw, welcome, notices: VecDeque::new() }),
             other => panic!("{other:?}"),
         }
     }
