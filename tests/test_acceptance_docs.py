@@ -6,8 +6,10 @@ import builtins
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -60,15 +62,16 @@ def blocks(page: str, language: str) -> list[str]:
 @pytest.fixture
 def home(tmp_path):
     """A user's environment with nothing in it, in a folder with a model; the daemon that comes is stopped."""
-    runtime = tmp_path / "runtime"
-    runtime.mkdir(mode=0o700)
+    # A socket's path has an end at 107 bytes, and the folders of tests are long.
+    runtime = tempfile.mkdtemp(prefix="shmquant-")
     weights = np.random.default_rng(2).standard_normal((256, 384), dtype=np.float32)
     save_file({"encoder.q": weights, "encoder.bias": weights[0]}, tmp_path / "model.safetensors")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"XDG_RUNTIME_DIR": str(runtime), "HOME": str(tmp_path), "PATH": path}
+    env = os.environ | {"XDG_RUNTIME_DIR": runtime, "HOME": str(tmp_path), "PATH": path}
     del env["SHMQUANT_ADDRESS"]
     yield {"cwd": tmp_path, "env": env}
     subprocess.run(["shmquant", "stop", "--force"], cwd=tmp_path, env=env, check=False, capture_output=True)
+    shutil.rmtree(runtime)
 
 
 @pytest.mark.parametrize("page", PAGES)
