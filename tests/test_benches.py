@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from watchdog import patience
+
 PROGRAM = Path(__file__).parents[1] / "benches" / "run.py"
 
 
@@ -20,6 +22,8 @@ TABLES = {"speed": 2, "inputs": 1, "clients": 4, "cold": 1}
 @pytest.mark.slow
 @pytest.mark.parametrize("part", TABLES)
 def test_a_part_runs(part, tmp_path):
+    # One of them builds a program first.
+    patience(900)
     command = [sys.executable, PROGRAM, part, "--quick", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

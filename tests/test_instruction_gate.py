@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from watchdog import patience
+
 PROGRAM = Path(__file__).parents[1] / "benches" / "gate" / "gate.py"
 
 
@@ -29,6 +31,8 @@ gate = load()
 
 @pytest.mark.slow
 def test_kernels_take_no_more_instructions():
+    # The kernels are built first.
+    patience(900)
     try:
         counted = gate.measure()
         wrong, notes = gate.compare(json.loads(gate.FIGURES.read_text()), counted)
@@ -40,6 +44,7 @@ def test_kernels_take_no_more_instructions():
 
 @pytest.mark.slow
 def test_a_small_request_takes_no_more_instructions():
+    patience(900)
     figures = json.loads(gate.FIGURES.read_text())
     try:
         gate.check_tools()
