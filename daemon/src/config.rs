@@ -3,12 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use nix::unistd::geteuid;
 use shmquant_protocol::chunks::MIN_WINDOW;
+use shmquant_protocol::client::default_address;
 use shmquant_protocol::segment::Backing;
-
-/// Environment variable that names the socket.
-pub const ADDRESS_VARIABLE: &str = "SHMQUANT_ADDRESS";
 
 /// How a daemon is set up. `Default` is what `shmquant serve` does without options.
 #[derive(Debug, Clone)]
@@ -90,18 +87,4 @@ impl Config {
         self.pool_divisor = self.pool_divisor.max(1);
         self
     }
-}
-
-/// The socket of this user's daemon: `SHMQUANT_ADDRESS`, else in `$XDG_RUNTIME_DIR/shmquant`, else in
-/// `/tmp/shmquant-<uid>`.
-pub fn default_address() -> PathBuf {
-    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-    if let Some(path) = set(ADDRESS_VARIABLE) {
-        return path.into();
-    }
-    let dir = match set("XDG_RUNTIME_DIR") {
-        Some(dir) => PathBuf::from(dir).join("shmquant"),
-        None => PathBuf::from(format!("/tmp/shmquant-{}", geteuid().as_raw())),
-    };
-    dir.join("shmquant-1.sock")
 }

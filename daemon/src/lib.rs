@@ -39,7 +39,7 @@ mod tickets;
 mod wake;
 mod watcher;
 
-pub use config::{ADDRESS_VARIABLE, Config, default_address};
+pub use config::Config;
 pub use daemon::{Daemon, Stopper};
 pub use error::DaemonError;
 pub use serve::{READY, serve_main};

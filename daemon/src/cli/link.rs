@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use shmquant_protocol::client::{Address, Config, Session, StartCommand};
+use shmquant_protocol::client::{Address, Config, Session, StartCommand, default_address};
 
 use super::error::CliError;
 
@@ -25,7 +25,7 @@ impl Link {
                 ));
             }
             Some(path) => std::path::absolute(&path).unwrap_or(path),
-            None => crate::config::default_address(),
+            None => default_address(),
         };
         Ok(Self { path, start })
     }

@@ -117,3 +117,15 @@ fn the_doctor_looks_tries_and_changes_nothing() -> Outcome {
     assert!(check(&report, "directory").1.ends_with("has mode 755"));
     Ok(())
 }
+
+#[test]
+fn a_command_looks_for_the_daemon_where_clients_look() -> Outcome {
+    let place = Place::new()?;
+    // No absolute path, so not the runtime directory of anybody's.
+    let mut command = place.command(&["doctor", "--json"]);
+    command.env_remove("SHMQUANT_ADDRESS").env("XDG_RUNTIME_DIR", "relative");
+    let report: Value = serde_json::from_slice(&command.output()?.stdout)?;
+    let found = check(&report, "directory").1;
+    assert!(found.starts_with(&format!("/tmp/shmquant-{} ", nix::unistd::geteuid())), "{found}");
+    Ok(())
+}

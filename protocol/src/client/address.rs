@@ -29,13 +29,9 @@ pub enum Address {
 }
 
 impl Address {
-    /// The socket that the environment names: `SHMQUANT_ADDRESS`, or the one below `XDG_RUNTIME_DIR`, or the one in `/tmp`.
+    /// [`default_address`].
     pub fn from_env() -> Self {
-        Self::Path(choose(
-            std::env::var_os(ADDRESS_VARIABLE),
-            std::env::var_os("XDG_RUNTIME_DIR"),
-            geteuid().as_raw(),
-        ))
+        Self::Path(default_address())
     }
 
     pub(super) fn connect(&self, deadline: Instant) -> Result<Connection, SocketError> {
@@ -62,6 +58,12 @@ impl Address {
             Self::InProcess(_) => None,
         }
     }
+}
+
+/// The socket that the environment names: `SHMQUANT_ADDRESS`, or the one below `XDG_RUNTIME_DIR`, or the one in `/tmp`.
+pub fn default_address() -> PathBuf {
+    let variable = |name| std::env::var_os(name);
+    choose(variable(ADDRESS_VARIABLE), variable("XDG_RUNTIME_DIR"), geteuid().as_raw())
 }
 
 impl fmt::Display for Address {

@@ -29,7 +29,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use address::{ADDRESS_VARIABLE, Address, Connector};
+pub use address::{ADDRESS_VARIABLE, Address, Connector, default_address};
 pub use error::ClientError;
 pub use held::Held;
 pub use input::Input;
