@@ -161,7 +161,7 @@ impl Books {
             return Err(Trouble::new(
                 ErrorCode::Limit,
                 format!("this session has {most} lanes, which is the most there can be"),
-                "share lanes between threads, or start the daemon with more of them",
+                "share lanes between threads, or start the daemon with a larger --max-lanes",
             ));
         }
         account.last_lane += 1;
@@ -209,11 +209,6 @@ impl Books {
             Some(entry) => Ok(entry.go(Life::Window(to))?),
             None => Err(Trouble::Lost),
         }
-    }
-
-    /// Gives up the window of a lane that has ended.
-    pub(crate) fn end_window(&mut self, id: u64) {
-        self.retire(id);
     }
 
     // Results.

@@ -177,7 +177,7 @@ impl Drop for End<'_> {
         let mut books = self.hub.books();
         books.remove_lane(self.lane.session.id, self.lane.id);
         if let Some(window) = self.window {
-            books.end_window(window);
+            books.retire(window);
         }
         drop(books);
         failpoint("daemon.lane_ended");

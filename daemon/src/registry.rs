@@ -122,14 +122,13 @@ impl Entry {
         }
     }
 
-    /// Takes one hold back; false if the session has none.
-    pub(crate) fn drop_lease(&mut self, session: u64) -> bool {
-        let Some(at) = self.leases.iter().position(|(s, _)| *s == session) else { return false };
+    /// Takes one hold back, if the session has one.
+    pub(crate) fn drop_lease(&mut self, session: u64) {
+        let Some(at) = self.leases.iter().position(|(s, _)| *s == session) else { return };
         self.leases[at].1 -= 1;
         if self.leases[at].1 == 0 {
             self.leases.swap_remove(at);
         }
-        true
     }
 
     /// Whether nothing of it is left but this entry.

@@ -511,7 +511,7 @@ impl World {
             if b & 2 == 0 {
                 self.books.move_window(id, WindowLife::Writing).unwrap();
             }
-            self.books.end_window(id);
+            self.books.retire(id);
             self.segments.get_mut(&id).unwrap().state = State::Retired;
             drop(memory);
         }

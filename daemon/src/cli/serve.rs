@@ -39,6 +39,14 @@ pub(super) struct Args {
     #[arg(long, value_parser = units::parse_bytes, value_name = "SIZE")]
     max_window: Option<u64>,
 
+    /// Most processes that may be connected [default: 1024]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_sessions: Option<u32>,
+
+    /// Most requests that one process may run at once [default: 64]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_lanes: Option<u32>,
+
     /// End after having been unused for so long [default: never]
     #[arg(long, value_parser = units::parse_duration, value_name = "TIME")]
     idle_exit: Option<Duration>,
@@ -80,6 +88,8 @@ pub(super) fn run(args: Args, link: &Link) -> Result<(), CliError> {
         workers: args.workers.map_or(default.workers, usize::from),
         window,
         max_window: args.max_window.unwrap_or(default.max_window).max(window),
+        max_sessions: args.max_sessions.unwrap_or(default.max_sessions),
+        max_lanes: args.max_lanes.unwrap_or(default.max_lanes),
         poll: !args.no_poll,
         idle_exit: args.idle_exit,
         detach: args.detached,
@@ -119,6 +129,8 @@ impl Args {
         option("--workers", number(self.workers.map(u64::from)));
         option("--window", number(self.window));
         option("--max-window", number(self.max_window));
+        option("--max-sessions", number(self.max_sessions.map(u64::from)));
+        option("--max-lanes", number(self.max_lanes.map(u64::from)));
         option("--idle-exit", self.idle_exit.map(|time| format!("{}ms", time.as_millis()).into()));
         option("--log", self.log.as_ref().map(|path| absolute(path).into()));
         option("--log-filter", Some(self.log_filter.clone().into()));

@@ -3,11 +3,13 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::Outcome;
 use crate::data::write_model;
+use crate::native::session_at;
 use crate::place::Place;
 
 #[test]
@@ -115,6 +117,23 @@ fn the_doctor_looks_tries_and_changes_nothing() -> Outcome {
     let report: Value = serde_json::from_slice(&output.stdout)?;
     assert_eq!(check(&report, "directory").0, "fail");
     assert!(check(&report, "directory").1.ends_with("has mode 755"));
+    Ok(())
+}
+
+#[test]
+fn a_daemon_takes_as_many_processes_and_lanes_as_it_was_told() -> Outcome {
+    let place = Place::new()?;
+    let _daemon = place.serve(&["--max-sessions", "1", "--max-lanes", "3"])?;
+    let session = session_at(&place.path("run/shmquant.sock"), None);
+    assert_eq!(session.connect()?.max_lanes, 3);
+    let error = place.fails(1, &["status"])?;
+    assert!(error.contains("1 processes are connected") && error.contains("--max-sessions"), "{error}");
+    session.close();
+    let patience = Instant::now() + Duration::from_secs(60);
+    while !place.run(&["status"])?.status.success() {
+        assert!(Instant::now() < patience, "the place of a session that has ended is not free");
+    }
+    place.fails(2, &["serve", "--max-lanes", "0"])?;
     Ok(())
 }
 
