@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | soak | fuzz | clean. A bare machine needs cargo (1.89+ with clippy and rustfmt), a C linker,
+# make demo | test | test-aarch64 | lint | bench | soak | fuzz | clean. A bare machine needs cargo (1.89+ with clippy and rustfmt), a C linker,
 # python3 (3.11+) with venv, and make; everything else lands in .venv and target/. `.ci/run` calls `make test`.
 #
 # Two builds, by intent. Rust tests run in the dev profile, whose overflow checks and debug assertions are half of
@@ -9,7 +9,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint lint-rust lint-python lint-stubs lint-licences test-rust test-loom test-python bench soak fuzz clean help
+.PHONY: demo test lint lint-rust lint-python lint-stubs lint-licences test-rust test-loom test-python test-aarch64 bench soak fuzz clean help
 
 PYTHON ?= python3
 VENV := .venv
@@ -84,6 +84,23 @@ test-loom:
 
 test-python: $(VENV)/.wheel $(WEIGHTS_READY)
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+# The kernels' tests for aarch64, on a machine of another kind: built by a cross compiler, run by qemu. Other names of the tools:
+# AARCH64_CC, AARCH64_QEMU, and AARCH64_ROOT, the folder whose lib/ holds the C library.
+AARCH64 := aarch64-unknown-linux-gnu
+AARCH64_CC ?= aarch64-linux-gnu-gcc
+AARCH64_QEMU ?= qemu-aarch64
+AARCH64_ROOT ?= /usr/aarch64-linux-gnu
+test-aarch64:
+	@missing() { echo "$$1 is missing" >&2; echo "hint: $$2" >&2; exit 1; }; \
+	command -v $(AARCH64_CC) >/dev/null || missing "the cross compiler $(AARCH64_CC)" "install gcc-aarch64-linux-gnu, or name another: AARCH64_CC="; \
+	command -v $(AARCH64_QEMU) >/dev/null || missing "the emulator $(AARCH64_QEMU)" "install qemu-user, or name another: AARCH64_QEMU="; \
+	test -e $(AARCH64_ROOT)/lib/libc.so.6 || missing "the C library $(AARCH64_ROOT)/lib/libc.so.6" "install libc6-dev-arm64-cross, or name another folder: AARCH64_ROOT="; \
+	compgen -G "$$(rustc --print target-libdir --target $(AARCH64))/libstd-*" >/dev/null \
+		|| missing "Rust's standard library for $(AARCH64)" "rustup target add $(AARCH64)"
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=$(AARCH64_CC) \
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="$(AARCH64_QEMU) -L $(AARCH64_ROOT)" \
+		cargo test -p shmquant-kernels --locked --target $(AARCH64) $(CARGO_TEST_ARGS)
 
 bench: $(VENV)/.wheel $(VENV)/.bench-requirements
 	$(PY) benches/run.py $(BENCH_ARGS)

@@ -8,18 +8,28 @@ use crate::path::groups::{Coded, Columns, Done, Groups, Hand, Widen, code_bytes}
 use crate::scheme::{Affine, Arith, Range};
 use crate::values::{FloatType, Values};
 
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only x86-64 has paths of its own so far"))]
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(
+        dead_code,
+        reason = "only the x86-64 paths write past the cache, and other machines may have no path"
+    )
+)]
 pub(crate) mod groups;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 mod sums;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+#[cfg(target_arch = "aarch64")]
+use neon::detected;
 #[cfg(target_arch = "x86_64")]
 use x86::detected;
 
 /// No path but the portable one.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn detected() -> Vec<&'static Kernels> {
     Vec::new()
 }
@@ -172,7 +182,10 @@ pub(crate) use versions;
 mod baseline {
     crate::path::versions!();
 
-    pub(super) static KERNELS: Kernels = Kernels {
+    pub(super) static KERNELS: Kernels = LOOPS;
+
+    /// For paths that have no loops of their own.
+    pub(super) const LOOPS: Kernels = Kernels {
         name: "portable",
         hand: None,
         load,
@@ -199,7 +212,7 @@ impl Kernels {
         std::iter::once(&baseline::KERNELS).chain(detected()).collect()
     }
 
-    /// The path's name: `portable`, `avx2`, `avx512`.
+    /// The path's name: `portable`, `avx2`, `avx512`, `neon`.
     pub fn name(&self) -> &'static str {
         self.name
     }

@@ -304,3 +304,66 @@ fn extreme_parameters_give_the_reference() {
         }
     }
 }
+
+/// Quotients next to ties, by scales of all magnitudes: there a product with the reciprocal would round to another code.
+#[test]
+fn quotients_next_to_ties_give_the_reference() {
+    let mut state = 11u64;
+    let mut random = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as u32
+    };
+    let (rows, k) = (500, 160);
+    let mut scales: Vec<f32> =
+        (0..rows).map(|_| f32::from_bits(random() % 0x7f00_0000 + 0x40_0000)).collect();
+    // Where the reciprocal stops being a normal number, and where it stops being finite.
+    let (least, most) = (f32::MIN_POSITIVE, f32::MIN_POSITIVE.recip());
+    let ends = [least, most, least / 4.0].into_iter().flat_map(|end| [end.next_down(), end, end.next_up()]);
+    scales.splice(..9, ends);
+    let mut values = Vec::new();
+    let mut otherwise = 0;
+    for &scale in &scales {
+        for _ in 0..k {
+            let tie = (random() % 512) as f32 - 255.5;
+            let x = (tie * scale).clamp(f32::MIN, f32::MAX);
+            let x = [x.next_down(), x, x.next_up()][random() as usize % 3].clamp(f32::MIN, f32::MAX);
+            values.push(x);
+            let (quotient, product) = (x / scale, x * (1.0 / scale));
+            otherwise += usize::from(quotient.round_ties_even() != product.round_ties_even());
+        }
+    }
+    assert!(otherwise > values.len() / 100, "{otherwise} of {} would differ", values.len());
+    for (scheme, mapping) in SCHEMES {
+        let affine = Affine::new(scheme, Some(mapping)).expect("a combination of the table");
+        let layout =
+            Layout { rows, k, group: 0, granularity: Granularity::Row, pad_rows: true, packed: true };
+        let zeros: Vec<i32> = match mapping {
+            Mapping::Symmetric => vec![0; scales.len()],
+            Mapping::Asymmetric => {
+                scales.iter().map(|s| affine.qmin + (s.to_bits() % (1 << affine.bits)) as i32).collect()
+            }
+        };
+        let input: Vec<f64> = values.iter().map(|&x| f64::from(x)).collect();
+        let given = Some((scales.as_slice(), zeros.as_slice()));
+        let want =
+            reference::quantize(&input, &layout, &affine, OnNonFinite::Error, given).expect("finite values");
+        for kernels in Kernels::all() {
+            let mut codes = vec![0xa5; want.codes.len()];
+            let counters = kernels
+                .encode(
+                    Values::from_f32(&values),
+                    0,
+                    &layout,
+                    &affine,
+                    OnNonFinite::Error,
+                    &scales,
+                    ZeroPoints::I32(&zeros),
+                    &mut codes,
+                    &mut Vec::new(),
+                )
+                .expect("finite values");
+            assert!(codes == want.codes, "{} {scheme}", kernels.name());
+            assert_eq!(counters, want.counters, "{} {scheme}", kernels.name());
+        }
+    }
+}
