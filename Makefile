@@ -85,7 +85,8 @@ test-loom:
 test-python: $(VENV)/.wheel $(WEIGHTS_READY)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-# The kernels' tests for aarch64, on a machine of another kind: built by a cross compiler, run by qemu. Other names of the tools:
+# For aarch64, on a machine of another kind: the kernels' tests, built by a cross compiler and run by qemu; protocol and daemon
+# are only compiled, since segments are populated by MADV_POPULATE_WRITE, which qemu's user emulation refuses. Other names of the tools:
 # AARCH64_CC, AARCH64_QEMU, and AARCH64_ROOT, the folder whose lib/ holds the C library.
 AARCH64 := aarch64-unknown-linux-gnu
 AARCH64_CC ?= aarch64-linux-gnu-gcc
@@ -98,6 +99,8 @@ test-aarch64:
 	test -e $(AARCH64_ROOT)/lib/libc.so.6 || missing "the C library $(AARCH64_ROOT)/lib/libc.so.6" "install libc6-dev-arm64-cross, or name another folder: AARCH64_ROOT="; \
 	compgen -G "$$(rustc --print target-libdir --target $(AARCH64))/libstd-*" >/dev/null \
 		|| missing "Rust's standard library for $(AARCH64)" "rustup target add $(AARCH64)"
+	CC_aarch64_unknown_linux_gnu=$(AARCH64_CC) \
+		cargo check -p shmquant-protocol -p shmquant-daemon --locked --target $(AARCH64)
 	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=$(AARCH64_CC) \
 	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="$(AARCH64_QEMU) -L $(AARCH64_ROOT)" \
 		cargo test -p shmquant-kernels --locked --target $(AARCH64) $(CARGO_TEST_ARGS)
