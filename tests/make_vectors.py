@@ -20,6 +20,7 @@ RELEASES = [
     {"segment": 2**63, "generation": 2**40, "flags": m.TAINTED},
 ]
 
+MIN_RING = 2 << 20
 MESSAGES = [
     ("HELLO", 1, {"minor": 0, "library": "shmquant 0.1.0"}),
     ("HELLO", 0xFFFF_FFFF, {"minor": 9, "library": ""}),
@@ -41,7 +42,7 @@ MESSAGES = [
     ),
     ("JOIN", 1, {"session": 5, "token": KEY, "window": 4 << 20}),
     ("JOIN reply", 1, {"lane": 2, "segment": 11, "generation": 1, "size": 4 << 20}),
-    ("QUANTIZE", 2, {"descriptor": 97, "ready": 1, "timeout": m.NO_TIMEOUT}),
+    ("QUANTIZE", 2, {"descriptor": 97, "ready": 1, "timeout": m.NO_TIMEOUT, "ring": MIN_RING}),
     ("QUANTIZE", 3, {"descriptor": 97, "ready": 0, "timeout": 30_000, "releases": RELEASES}),
     (
         "QUANTIZE",
@@ -56,7 +57,7 @@ MESSAGES = [
             "name": "müsli",
         },
     ),
-    ("QUANTIZE reply", 2, {"lease": {**DATASET, "flags": m.LEASE_FD}, "report": 80}),
+    ("QUANTIZE reply", 2, {"lease": {**DATASET, "flags": m.LEASE_FD}, "report": 80, "ring": MIN_RING}),
     ("QUANTIZE reply", 4, {"lease": {**DATASET, "flags": m.LEASE_DATASET}, "report": 0}),
     ("WROTE", 3, {"chunks": 12}),
     ("CONSUMED", 3, {"chunks": 9}),
@@ -364,15 +365,16 @@ def chunk_fields(chunk, resident):
 
 
 def descriptor_vector(name, descriptor):
-    """A descriptor, its bytes, and its chunks in the smallest and in a large window."""
+    """A descriptor, its bytes, and its chunks in the smallest window, in a ring of it, in a large window."""
     raw = descriptor.encode()
     lists = []
-    for window in (MIN_WINDOW, 64 << 20):
+    for window, ring in ((MIN_WINDOW, 0), (MIN_WINDOW, MIN_RING), (64 << 20, 0)):
         chunks = d.cut(descriptor)
-        resident = d.place(chunks, len(raw), window)
+        resident = d.place(chunks, len(raw), window, ring) is None
         lists.append(
             {
                 "window": window,
+                "ring": ring,
                 "resident": resident,
                 "chunks": [chunk_fields(chunk, resident) for chunk in chunks],
             }

@@ -217,6 +217,8 @@ class Lane(Connection):
         for fd in fds:
             os.close(fd)
         self.consumed_notices = 0
+        # What the daemon advised last, in bytes; 0 is all of the window.
+        self.ring = 0
 
     def quantize(self, descriptor, sources, name=None, replace=False, timeout=NO_TIMEOUT, releases=()):
         """Quantize `sources` (per item, its streams); gives the lease, its view and the reports."""
@@ -225,11 +227,11 @@ class Lane(Connection):
         if len(raw) > self.size // 4:
             raise ValueError(f"a descriptor of {len(raw)} bytes in a window of {self.size}")
         chunks = cut(descriptor)
-        resident = place(chunks, len(raw), self.size)
+        ring = place(chunks, len(raw), self.size, self.ring)
         self.window[: len(raw)] = raw
-        ring = (self.size - ceil64(len(raw))) // 64 * 64
-        written = self._write(chunks, sources, 0, 0, ring, resident)
+        written = self._write(chunks, sources, 0, 0, ring)
         values = {"descriptor": len(raw), "ready": written, "timeout": timeout, "releases": releases}
+        values["ring"] = self.ring
         if name is not None:
             digest = hashlib.blake2b(digest_size=16)
             for stream in (stream for streams in sources for stream in streams):
@@ -243,11 +245,13 @@ class Lane(Connection):
                 return
             self.consumed_notices += 1
             before = written
-            written = self._write(chunks, sources, written, notice["chunks"], ring, resident)
+            written = self._write(chunks, sources, written, notice["chunks"], ring)
             if written > before:
                 self.send("WROTE", request, chunks=written)
 
         reply, fds = self.answer(request, consumed)
+        if ring is not None:
+            self.ring = reply["ring"]
         view = self.session.attach(reply["lease"], fds)
         return reply["lease"], view, [self._report(i) for i in range(reply["report"] // 80)]
 
@@ -261,14 +265,14 @@ class Lane(Connection):
         """Have memory made ready for a result."""
         self.call("ALLOC", bytes=nbytes, purpose=WARM, timeout=NO_TIMEOUT)
 
-    def _write(self, chunks, sources, written, consumed, ring, resident):
+    def _write(self, chunks, sources, written, consumed, ring):
         """Write every chunk that may be written; gives the new watermark."""
         while written < len(chunks):
             chunk = chunks[written]
             freed = chunks[min(consumed, written)].start
-            if not resident and chunk.start + ceil64(chunk.bytes) - freed > ring:
+            if ring is not None and chunk.start + ceil64(chunk.bytes) - freed > ring:
                 break
-            if chunk.bytes and not (resident and chunk.follows):
+            if chunk.bytes and not (ring is None and chunk.follows):
                 source = memoryview(sources[chunk.item][chunk.stream]).cast("B")
                 self.window[chunk.at : chunk.at + chunk.bytes] = source[
                     chunk.begin : chunk.begin + chunk.bytes

@@ -237,11 +237,13 @@ def cut(descriptor):
     return chunks
 
 
-def place(chunks, descriptor_bytes, window):
-    """Give every chunk its place; True if the list is resident, False if it is streamed."""
+def place(chunks, descriptor_bytes, window, wanted=0):
+    """Give every chunk its place; the ring's bytes if the list is streamed, None if it is resident."""
     base = ceil64(descriptor_bytes)
     ring = (window - base) // 64 * 64
     resident = sum(ceil64(chunk.bytes) for chunk in chunks if not chunk.follows) <= ring
+    if not resident and wanted:
+        ring = min(ring, wanted // 64 * 64)
     cursor, scanned = 0, {}
     for chunk in chunks:
         size = ceil64(chunk.bytes)
@@ -256,4 +258,4 @@ def place(chunks, descriptor_bytes, window):
             if chunk.kind == SCAN:
                 scanned[key] = chunk.start
         chunk.at = base + chunk.start % ring
-    return resident
+    return None if resident else ring

@@ -40,10 +40,10 @@ MESSAGES = {
     0x8002: ("JOIN reply", "lane:I reserved:I segment:Q generation:Q size:Q", ""),
     0x0003: (
         "QUANTIZE",
-        "descriptor:Q ready:I timeout:I flags:I n:I digest:16s",
+        "descriptor:Q ready:I timeout:I flags:I n:I digest:16s ring:Q",
         "releases:*release name:s",
     ),
-    0x8003: ("QUANTIZE reply", "lease:lease report:Q", ""),
+    0x8003: ("QUANTIZE reply", "lease:lease report:Q ring:Q", ""),
     0x0004: ("WROTE", "chunks:I", ""),
     0x0005: ("CONSUMED", "chunks:I", ""),
     0x0006: ("CANCEL", "lane:I request:I", ""),

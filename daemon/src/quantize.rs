@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use shmquant_protocol::chunks::MIN_RING;
 use shmquant_protocol::descriptor::Descriptor;
 use shmquant_protocol::failpoint::failpoint;
 use shmquant_protocol::message::{ErrorCode, Message, Naming, Quantize};
@@ -29,6 +30,11 @@ use crate::shared;
 
 /// Requests of at most so many bytes run on the lane's own thread: waking a worker costs more.
 const INLINE: u64 = 256 << 10;
+/// What the rings of all requests that stream at once should take together: half of a common last-level cache. With rings of
+/// 16 MiB each, the values of eight clients went to memory and back between copying and reading.
+const RINGS: u64 = 16 << 20;
+/// The largest ring beside others, who have something to do whenever this one waits. Who is alone does not, and uses the whole window.
+const LARGEST_RING: u64 = 4 << 20;
 
 /// What a lane keeps between its requests.
 #[derive(Debug, Default)]
@@ -70,13 +76,14 @@ pub(crate) fn quantize(
     let Kept { descriptor: scratch, plans } = kept;
     copy_descriptor(window, asked.descriptor, scratch)?;
     failpoint("daemon.descriptor_copied");
-    let plan = match plans.get(scratch) {
+    let plan = match plans.get(scratch, asked.ring) {
         Some(plan) => plan,
         None => {
             let descriptor = Descriptor::decode(scratch)?;
-            let made = Plan::new(descriptor, asked.descriptor, window.size, hub.most_result())?;
+            let most = hub.most_result();
+            let made = Plan::new(descriptor, asked.descriptor, window.size, asked.ring, most)?;
             let plan = Arc::new(made);
-            plans.put(scratch, &plan);
+            plans.put(scratch, asked.ring, &plan);
             plan
         }
     };
@@ -92,7 +99,7 @@ pub(crate) fn quantize(
             let fingerprint = fingerprint(naming.digest, plan.descriptor(), scratch)?;
             match reserve_name(current, naming, fingerprint, deadline)? {
                 Reserved::Existing(granted) => {
-                    let message = Message::Done { lease: granted.lease, report: 0 };
+                    let message = Message::Done { lease: granted.lease, report: 0, ring: asked.ring };
                     return Ok(Answer::leased(message, granted));
                 }
                 Reserved::Mine(flight) => Some(flight),
@@ -124,7 +131,8 @@ pub(crate) fn quantize(
     };
     let granted = finish(current, &plan, filling, length, flight, asked.named)?;
     failpoint("daemon.leased");
-    Ok(Answer::leased(Message::Done { lease: granted.lease, report }, granted))
+    let ring = advised_ring(hub, &plan);
+    Ok(Answer::leased(Message::Done { lease: granted.lease, report, ring }, granted))
 }
 
 fn copy_descriptor(window: &Window, bytes: u64, scratch: &mut Vec<u8>) -> Result<(), Trouble> {
@@ -338,6 +346,17 @@ impl Drop for Watched<'_, '_, '_> {
             }
         }
         self.flow.close();
+    }
+}
+
+/// The ring that a request which streams had better use next time: windows that are filled and read at once share the cache.
+fn advised_ring(hub: &Hub, plan: &Plan) -> u64 {
+    if plan.chunks().resident {
+        return 0;
+    }
+    match hub.engine.runs() as u64 {
+        0 => 0,
+        others => (RINGS / (others + 1)).clamp(MIN_RING, LARGEST_RING),
     }
 }
 

@@ -9,7 +9,7 @@ use arrow_schema::{DataType, Field};
 use proptest::prelude::*;
 use raw::{Client, Lane, Raw, daemon, layer, pause, released};
 use shmquant_daemon::Daemon;
-use shmquant_protocol::chunks::{ChunkList, MIN_WINDOW};
+use shmquant_protocol::chunks::{ChunkList, MIN_RING, MIN_WINDOW};
 use shmquant_protocol::descriptor::{Body, Descriptor, Item, TableKind};
 use shmquant_protocol::field::NodeData;
 use shmquant_protocol::message::{ErrorCode, Extent, MINOR, Message, NO_TIMEOUT, Quantize, Release, Target};
@@ -27,7 +27,7 @@ fn hello() -> Message {
 
 fn quantize(descriptor: u64, ready: u32) -> Message {
     let releases = Vec::new();
-    Message::Quantize(Quantize { descriptor, ready, timeout: NO_TIMEOUT, named: None, releases })
+    Message::Quantize(Quantize { descriptor, ready, timeout: NO_TIMEOUT, named: None, releases, ring: 0 })
 }
 
 /// The daemon still serves, and has nothing of anybody but the one who asks.
@@ -132,6 +132,11 @@ fn watermarks_that_lie() {
     lane.put(0, &bytes);
     let may = ChunkList::new(&layer(8 << 20).descriptor, bytes.len() as u64, MIN_WINDOW).writable(0);
     lane.raw.send(&quantize(bytes.len() as u64, may as u32 + 1));
+    lane.raw.assert_protocol_error();
+    // Nor may the ring be so small that a chunk would not fit it.
+    let mut lane = client.lane(&daemon, MIN_WINDOW);
+    lane.ring = MIN_RING - 64;
+    lane.start(&layer(4096));
     lane.raw.assert_protocol_error();
     drop(client);
     assert_well(&daemon);

@@ -91,7 +91,9 @@ fn try_all(bytes: &[u8]) {
     let Ok(descriptor) = Descriptor::decode(bytes) else { return };
     for limit in [i32::MAX as u64, 1000] {
         let n = bytes.len() as u64;
-        let Ok(plan) = Plan::with_offset_limit(descriptor.clone(), n, WINDOW, MOST, limit) else { continue };
+        let Ok(plan) = Plan::with_offset_limit(descriptor.clone(), n, WINDOW, 0, MOST, limit) else {
+            continue;
+        };
         assert!(plan.result_bytes() <= MOST);
         let list = plan.chunks();
         assert!(list.chunks.iter().all(|c| c.bytes <= CHUNK_BYTES && c.at + c.bytes <= WINDOW));
@@ -189,7 +191,7 @@ fn kept_descriptor() -> Vec<u8> {
 fn the_kept_descriptor_is_good() {
     let bytes = kept_descriptor();
     let descriptor = Descriptor::decode(&bytes).expect("good");
-    let plan = Arc::new(Plan::new(descriptor, bytes.len() as u64, WINDOW, MOST).expect("good"));
+    let plan = Arc::new(Plan::new(descriptor, bytes.len() as u64, WINDOW, 0, MOST).expect("good"));
     let result = Heap::new(plan.result_bytes(), 0xA5);
     let job = Job::new(plan, Heap::new(WINDOW, 0), &Sources::new(), result, 0).expect("room");
     assert_eq!(job.complete().err().map(|f| f.code), Some(ErrorCode::Internal), "chunks are to go");
@@ -201,7 +203,7 @@ fn refused(table: &Table, most: u64) -> Failure {
     let mut bytes = Vec::new();
     table.descriptor.encode(&mut bytes).expect("it can be said");
     let descriptor = Descriptor::decode(&bytes).expect("it can be read");
-    Plan::new(descriptor, bytes.len() as u64, WINDOW, most).expect_err("refused")
+    Plan::new(descriptor, bytes.len() as u64, WINDOW, 0, most).expect_err("refused")
 }
 
 #[test]
@@ -244,7 +246,7 @@ fn what_is_too_large_is_refused_with_numbers() {
 
     // A descriptor that leaves no room for chunks.
     let d = Table::layers().descriptor;
-    assert_eq!(Plan::new(d, WINDOW / 2, WINDOW, MOST).err().map(|f| f.code), Some(ErrorCode::Protocol));
+    assert_eq!(Plan::new(d, WINDOW / 2, WINDOW, 0, MOST).err().map(|f| f.code), Some(ErrorCode::Protocol));
 }
 
 #[test]

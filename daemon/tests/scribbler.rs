@@ -203,8 +203,14 @@ fn attempt(
     let mut written = list.writable(0);
     let releases = std::mem::take(held);
     let (descriptor, ready) = (bytes.len() as u64, written as u32);
-    let message =
-        Message::Quantize(Quantize { descriptor, ready, timeout: NO_TIMEOUT, named: None, releases });
+    let message = Message::Quantize(Quantize {
+        descriptor,
+        ready,
+        timeout: NO_TIMEOUT,
+        named: None,
+        releases,
+        ring: 0,
+    });
     let mut frame = Vec::new();
     message.encode(7, &mut frame);
     if connection.send(&frame, &[]).is_err() {

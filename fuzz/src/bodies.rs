@@ -13,7 +13,7 @@ use shmquant_daemon::engine::Work;
 use shmquant_daemon::job::{Job, Sources};
 use shmquant_daemon::memory::Memory;
 use shmquant_daemon::plan::Plan;
-use shmquant_protocol::chunks::{CHUNK_BYTES, Chunk, ChunkList, MIN_WINDOW};
+use shmquant_protocol::chunks::{CHUNK_BYTES, Chunk, ChunkList, MIN_RING, MIN_WINDOW};
 use shmquant_protocol::descriptor::{Body, Descriptor};
 use shmquant_protocol::message::{ErrorCode, MAX_FRAME, Message};
 
@@ -53,7 +53,9 @@ pub(crate) fn descriptors(data: &[u8]) {
     for window in [MIN_WINDOW, MIN_WINDOW + 4096, 4 * MIN_WINDOW] {
         let bytes = data.len() as u64;
         if bytes <= window / 4 {
-            check_list(&ChunkList::new(&descriptor, bytes, window), bytes, window);
+            for ring in [0, MIN_RING, MIN_RING + 4160] {
+                check_list(&ChunkList::with_ring(&descriptor, bytes, window, ring), bytes, window);
+            }
         }
     }
 }
@@ -125,7 +127,7 @@ pub(crate) fn planner(data: &[u8]) {
     let (bytes, values) = rest.split_at(length);
     let Ok(descriptor) = Descriptor::decode(bytes) else { return };
     for limit in [i32::MAX as u64, 1000] {
-        let plan = Plan::with_offset_limit(descriptor.clone(), bytes.len() as u64, WINDOW, MOST, limit);
+        let plan = Plan::with_offset_limit(descriptor.clone(), bytes.len() as u64, WINDOW, 0, MOST, limit);
         let plan = match plan {
             Ok(plan) => Arc::new(plan),
             Err(failure) => {

@@ -9,7 +9,7 @@ use std::cell::RefCell;
 use std::os::fd::AsFd;
 
 use shmquant_daemon::Daemon;
-use shmquant_protocol::chunks::MIN_WINDOW;
+use shmquant_protocol::chunks::{MIN_RING, MIN_WINDOW};
 use shmquant_protocol::message::{
     Extent, Lease, Listing, MAX_FRAME, Message, NO_TIMEOUT, Naming, Quantize, Release, Target, Welcome,
 };
@@ -185,6 +185,8 @@ impl World {
                 timeout: if odd & 8 == 0 { 5 } else { NO_TIMEOUT },
                 named,
                 releases: releases.collect(),
+                // Left out, too small, and as it should be.
+                ring: [0, 0, 4096, MIN_RING][usize::from(which) % 4],
             });
             say(&lane.raw.connection, u32::from(at), &message);
         });

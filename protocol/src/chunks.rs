@@ -12,6 +12,9 @@ pub const ALIGN: u64 = 64;
 /// Smallest window: its ring holds several chunks beside the largest descriptor.
 pub const MIN_WINDOW: u64 = 4 << 20;
 
+/// Smallest ring that a request may ask for: two of the largest chunks, one of which is read while the other is written.
+pub const MIN_RING: u64 = 2 * CHUNK_BYTES;
+
 /// What is done with a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
@@ -65,6 +68,11 @@ pub struct ChunkList {
 impl ChunkList {
     /// The chunks of `descriptor`, whose encoded form takes `descriptor_bytes` at the start of a window of `window` bytes.
     pub fn new(descriptor: &Descriptor, descriptor_bytes: u64, window: u64) -> Self {
+        Self::with_ring(descriptor, descriptor_bytes, window, 0)
+    }
+
+    /// As [`new`](Self::new), but what does not fit the window goes round in `ring` bytes of it, unless that is 0.
+    pub fn with_ring(descriptor: &Descriptor, descriptor_bytes: u64, window: u64, ring: u64) -> Self {
         let mut chunks = Vec::new();
         for (index, item) in descriptor.items.iter().enumerate() {
             let index = index as u32;
@@ -79,7 +87,7 @@ impl ChunkList {
         let base = descriptor_bytes.next_multiple_of(ALIGN);
         let capacity = window.saturating_sub(base) / ALIGN * ALIGN;
         let mut list = Self { chunks, base, capacity, resident: false };
-        list.place();
+        list.place(ring);
         list
     }
 
@@ -100,10 +108,13 @@ impl ChunkList {
     }
 
     /// Decides the mode and gives every chunk its place. `shared` comes in as "second pass over scanned elements".
-    fn place(&mut self) {
+    fn place(&mut self, ring: u64) {
         let room = |c: &Chunk| c.bytes.next_multiple_of(ALIGN);
         let total = self.chunks.iter().filter(|c| !c.shared).map(room).fold(0, u64::saturating_add);
         self.resident = total <= self.capacity;
+        if !self.resident && ring > 0 {
+            self.capacity = self.capacity.min(ring / ALIGN * ALIGN);
+        }
         let mut cursor = 0u64;
         let mut scans = 0;
         for i in 0..self.chunks.len() {

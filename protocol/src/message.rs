@@ -182,7 +182,7 @@ pub enum Message {
     Join { session: u64, token: [u8; 16], window: u64 },
     Joined { lane: u32, segment: u64, generation: u64, size: u64 },
     Quantize(Quantize),
-    Done { lease: Lease, report: u64 },
+    Done { lease: Lease, report: u64, ring: u64 },
     Wrote { chunks: u32 },
     Consumed { chunks: u32 },
     Cancel { lane: u32, request: u32 },
@@ -233,6 +233,7 @@ pub struct Quantize {
     pub timeout: u32,
     pub named: Option<Naming>,
     pub releases: Vec<Release>,
+    pub ring: u64,
 }
 
 /// Where a `QUANTIZE` publishes its result.
@@ -276,12 +277,12 @@ impl Message {
                 let flags =
                     m.named.as_ref().map_or(0, |n| FLAG_NAMED | if n.replace { FLAG_REPLACE } else { 0 });
                 w.u64(m.descriptor).u32(m.ready).u32(m.timeout).u32(flags).u32(m.releases.len() as u32);
-                w.raw(&m.named.as_ref().map_or([0; 16], |n| n.digest));
+                w.raw(&m.named.as_ref().map_or([0; 16], |n| n.digest)).u64(m.ring);
                 3
             }
-            Self::Done { lease, report } => {
+            Self::Done { lease, report, ring } => {
                 write_lease(&mut w, lease);
-                w.u64(*report);
+                w.u64(*report).u64(*ring);
                 3 | REPLY
             }
             Self::Wrote { chunks } => {
@@ -457,7 +458,7 @@ impl Message {
                 }
             }
             3 => Self::Quantize(read_quantize(f, tail)?),
-            0x8003 => Self::Done { lease: read_lease(f)?, report: f.u64("report")? },
+            0x8003 => Self::Done { lease: read_lease(f)?, report: f.u64("report")?, ring: f.u64("ring")? },
             4 => Self::Wrote { chunks: f.u32("chunks")? },
             5 => Self::Consumed { chunks: f.u32("chunks")? },
             6 => Self::Cancel { lane: f.u32("lane")?, request: f.u32("request")? },

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use shmquant_kernels::{Affine, FloatType, Granularity, OnNonFinite, Scheme};
-use shmquant_protocol::chunks::{Action, CHUNK_BYTES, Chunk, ChunkList, MIN_WINDOW};
+use shmquant_protocol::chunks::{Action, CHUNK_BYTES, Chunk, ChunkList, MIN_RING, MIN_WINDOW};
 use shmquant_protocol::descriptor::{Body, Descriptor, Item, Params, Role, Spec, TableKind, Values};
 
 fn descriptor(items: Vec<(Role, FloatType, u64, u64, u64, Spec, bool)>) -> Descriptor {
@@ -88,7 +88,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_value_once_and_no_overlap(layers in proptest::collection::vec(layer(), 1..5), window in MIN_WINDOW..(24 << 20), vectors in any::<bool>()) {
+    fn every_value_once_and_no_overlap(layers in proptest::collection::vec(layer(), 1..5), window in MIN_WINDOW..(24 << 20), ring in proptest::option::of(MIN_RING..(8 << 20)), vectors in any::<bool>()) {
         let mut layers = layers;
         if vectors {
             layers.truncate(1);
@@ -100,7 +100,7 @@ proptest! {
         prop_assert!(d.encode(&mut bytes).is_ok());
         prop_assert_eq!(&Descriptor::decode(&bytes), &Ok(d.clone()));
         prop_assume!(bytes.len() as u64 <= window / 4);
-        let list = ChunkList::new(&d, bytes.len() as u64, window);
+        let list = ChunkList::with_ring(&d, bytes.len() as u64, window, ring.unwrap_or(0));
         for (i, item) in d.items.iter().enumerate() {
             let Body::Values(v) = &item.body else { unreachable!() };
             let spec = d.spec(v);

@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use peer::{call, done, large, lease, result, session, small, write};
-use shmquant_protocol::client::{ClientError, Options};
+use shmquant_protocol::chunks::{ChunkList, MIN_RING, MIN_WINDOW};
+use shmquant_protocol::client::{ClientError, Options, Source};
 use shmquant_protocol::message::{ErrorCode, Failure, Lease, Message, Release, Target};
 
 #[test]
@@ -89,6 +90,45 @@ fn leases_that_do_not_fit_their_segment_are_refused() {
         let error = running.join().unwrap().unwrap_err();
         assert!(error.to_string().contains(text), "{error}");
     }
+}
+
+#[test]
+fn a_ring_that_was_advised_is_used_from_the_next_request_on() {
+    let (session, daemon) = session();
+    let running = call(&session, large(), None);
+    let _primary = daemon.primary();
+    let lane = daemon.lane();
+    let segment = result(12, 1);
+    let advice = |fd, generation, ring| Message::Done { lease: lease(12, generation, fd), report: 0, ring };
+    let (request, quantize) = lane.hear_quantize();
+    assert_eq!(quantize.ring, 0);
+    lane.say(request, &advice(true, 1, MIN_RING), &[segment.fd()]);
+    running.join().unwrap().unwrap();
+
+    // What takes no round in the window changes nothing.
+    let running = call(&session, small(), None);
+    let (request, quantize) = lane.hear_quantize();
+    assert_eq!(quantize.ring, MIN_RING);
+    lane.say(request, &advice(false, 2, 0), &[]);
+    running.join().unwrap().unwrap();
+
+    let running = call(&session, large(), None);
+    let (request, quantize) = lane.hear_quantize();
+    assert_eq!((quantize.ring, quantize.ready), (MIN_RING, 0));
+    let source = large();
+    let list = ChunkList::with_ring(source.descriptor(), quantize.descriptor, MIN_WINDOW, quantize.ring);
+    let most = list.writable(0);
+    assert!(most < ChunkList::new(source.descriptor(), quantize.descriptor, MIN_WINDOW).writable(0));
+    let mut wrote = 0;
+    while wrote < most {
+        let (_, Message::Wrote { chunks }) = lane.hear() else { panic!("not a WROTE") };
+        wrote = chunks as usize;
+    }
+    assert_eq!(wrote, most);
+    // Too small for a chunk.
+    lane.say(request, &advice(false, 3, MIN_RING - 64), &[]);
+    let error = running.join().unwrap().unwrap_err();
+    assert!(matches!(&error, ClientError::Protocol(text) if text.contains("ring of 2097088")), "{error}");
 }
 
 #[test]

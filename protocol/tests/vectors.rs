@@ -89,10 +89,11 @@ fn descriptors_and_chunks_agree() -> Outcome {
         assert_eq!(hex(&out), hex(&raw), "{what}");
         for expected in entry["lists"].as_array().ok_or("no lists")? {
             let window = expected["window"].as_u64().ok_or("no window")?;
-            let list = ChunkList::new(&descriptor, raw.len() as u64, window);
-            assert_eq!(json!(list.resident), expected["resident"], "{what}, {window}");
+            let ring = expected["ring"].as_u64().ok_or("no ring")?;
+            let list = ChunkList::with_ring(&descriptor, raw.len() as u64, window, ring);
+            assert_eq!(json!(list.resident), expected["resident"], "{what}, {window}, {ring}");
             let chunks: Vec<Value> = list.chunks.iter().map(|c| chunk_fields(&descriptor, c)).collect();
-            assert_eq!(json!(chunks), expected["chunks"], "{what}, {window}");
+            assert_eq!(json!(chunks), expected["chunks"], "{what}, {window}, {ring}");
         }
     }
     Ok(())
@@ -131,7 +132,7 @@ fn fields(message: &Message) -> (Value, Value) {
         }
         Message::Quantize(m) => {
             let mut fields = json!({"descriptor": m.descriptor, "ready": m.ready, "timeout": m.timeout, "flags": 0,
-                "digest": zeros, "releases": releases(&m.releases)});
+                "digest": zeros, "releases": releases(&m.releases), "ring": m.ring});
             if let Some(naming) = &m.named {
                 fields["flags"] = json!(1 | if naming.replace { 2 } else { 0 });
                 fields["digest"] = json!(hex(&naming.digest));
@@ -139,8 +140,8 @@ fn fields(message: &Message) -> (Value, Value) {
             }
             ("QUANTIZE", fields)
         }
-        Message::Done { lease: l, report } => {
-            ("QUANTIZE reply", json!({"lease": lease(l), "report": report}))
+        Message::Done { lease: l, report, ring } => {
+            ("QUANTIZE reply", json!({"lease": lease(l), "report": report, "ring": ring}))
         }
         Message::Wrote { chunks } => ("WROTE", json!({"chunks": chunks})),
         Message::Consumed { chunks } => ("CONSUMED", json!({"chunks": chunks})),

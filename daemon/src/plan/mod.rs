@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use arrow_schema::Schema;
 use shmquant_kernels::{Affine, Granularity, Layout, OnNonFinite, Sizes};
-use shmquant_protocol::chunks::{CHUNK_BYTES, ChunkList};
+use shmquant_protocol::chunks::{CHUNK_BYTES, ChunkList, MIN_RING};
 use shmquant_protocol::descriptor::{Body, Descriptor, Params, Role, Spec, TableKind, Values};
 use shmquant_protocol::message::{ErrorCode, Failure};
 
@@ -103,7 +103,8 @@ pub(crate) enum Table {
 }
 
 impl Plan {
-    /// Lays out the result of `descriptor`, whose encoded form took `descriptor_bytes` of a window of `window` bytes.
+    /// Lays out the result of `descriptor`, whose encoded form took `descriptor_bytes` of a window of `window` bytes,
+    /// to be streamed through a ring of `ring` bytes (0: all of the window).
     ///
     /// # Errors
     /// `NO_ROOM` for a result of more than `max_result` bytes, `UNSUPPORTED` and `INVALID_INPUT` for what cannot be
@@ -112,9 +113,10 @@ impl Plan {
         descriptor: Descriptor,
         descriptor_bytes: u64,
         window: u64,
+        ring: u64,
         max_result: u64,
     ) -> Result<Self, Failure> {
-        Self::with_offset_limit(descriptor, descriptor_bytes, window, max_result, OFFSET_LIMIT)
+        Self::with_offset_limit(descriptor, descriptor_bytes, window, ring, max_result, OFFSET_LIMIT)
     }
 
     /// [`Plan::new`] with another limit of what 32-bit offsets may address, so that splitting can be tried in the small.
@@ -123,12 +125,17 @@ impl Plan {
         descriptor: Descriptor,
         descriptor_bytes: u64,
         window: u64,
+        ring: u64,
         max_result: u64,
         limit: u64,
     ) -> Result<Self, Failure> {
         let most = max_result.min(MAX_RESULT);
         if descriptor_bytes > window / 4 || window - descriptor_bytes < 2 * CHUNK_BYTES {
             let what = format!("a descriptor of {descriptor_bytes} bytes in a window of {window}");
+            return Err(Failure::new(ErrorCode::Protocol, what, ""));
+        }
+        if ring > 0 && ring < MIN_RING {
+            let what = format!("a ring of {ring} bytes, where the least is {MIN_RING}");
             return Err(Failure::new(ErrorCode::Protocol, what, ""));
         }
         let mut builder = file::Builder::default();
@@ -151,7 +158,7 @@ impl Plan {
             Table::Columns(_) => columns::schema(&descriptor, &|item| placeholder(&targets, item)),
         };
         let file = builder.place(&schema, most)?;
-        let chunks = ChunkList::new(&descriptor, descriptor_bytes, window);
+        let chunks = ChunkList::with_ring(&descriptor, descriptor_bytes, window, ring);
         if u32::try_from(chunks.chunks.len()).is_err() {
             return Err(Failure::new(ErrorCode::NoRoom, "the table has more than 2^32 chunks", ""));
         }

@@ -197,6 +197,10 @@ pub(crate) struct Lane {
     pub(crate) named: Option<Naming>,
     /// Watermarks the daemon has sent for the running request.
     pub(crate) consumed: Vec<u32>,
+    /// Bytes of the ring to be used; 0 for all of the window.
+    pub(crate) ring: u64,
+    /// What the daemon advised last.
+    pub(crate) advised: u64,
 }
 
 impl Lane {
@@ -207,7 +211,20 @@ impl Lane {
                 let window = Mapping::read_write(fd.as_fd(), size, Backing::Memfd).unwrap();
                 let (fds, releases) = (HashMap::new(), Vec::new());
                 let (timeout, named, consumed) = (NO_TIMEOUT, None, Vec::new());
-                Ok(Self { raw, id: lane, window, segment, fds, releases, timeout, named, consumed })
+                let (ring, advised) = (0, 0);
+                Ok(Self {
+                    raw,
+                    id: lane,
+                    window,
+                    segment,
+                    fds,
+                    releases,
+                    timeout,
+                    named,
+                    consumed,
+                    ring,
+                    advised,
+                })
             }
             (_, Message::Error(e), _) => Err(*e),
             other => panic!("{other:?}"),
@@ -225,7 +242,8 @@ impl Lane {
     pub(crate) fn start(&mut self, table: &Table) -> Running {
         let mut bytes = Vec::new();
         table.descriptor.encode(&mut bytes).unwrap();
-        let list = ChunkList::new(&table.descriptor, bytes.len() as u64, self.window.len() as u64);
+        let list =
+            ChunkList::with_ring(&table.descriptor, bytes.len() as u64, self.window.len() as u64, self.ring);
         self.put(0, &bytes);
         let mut running = Running { request: 0, list, written: 0, consumed: 0 };
         running.write(self, table);
@@ -235,6 +253,7 @@ impl Lane {
             timeout: self.timeout,
             named: self.named.take(),
             releases: std::mem::take(&mut self.releases),
+            ring: self.ring,
         }));
         self.consumed.clear();
         running
@@ -254,7 +273,8 @@ impl Lane {
                         self.raw.send_as(request, &Message::Wrote { chunks: running.written as u32 });
                     }
                 }
-                (request, Message::Done { lease, report }, fd) if request == running.request => {
+                (request, Message::Done { lease, report, ring }, fd) if request == running.request => {
+                    self.advised = ring;
                     assert_eq!(lease.fd, fd.is_some());
                     if let Some(fd) = fd {
                         assert!(self.fds.insert(lease.extent.segment, fd).is_none(), "sent twice");
@@ -272,20 +292,29 @@ impl Lane {
         self.finish(running, table)
     }
 
+    /// The result's file.
+    pub(crate) fn bytes(&self, lease: &Lease) -> Vec<u8> {
+        bytes_of(&self.fds[&lease.extent.segment], lease)
+    }
+
     /// Rows of the result's file.
     pub(crate) fn rows(&self, lease: &Lease) -> usize {
         rows_of(&self.fds[&lease.extent.segment], lease)
     }
 }
 
-/// Reads a result as Arrow does: rows in it.
-pub(crate) fn rows_of(fd: &OwnedFd, lease: &Lease) -> usize {
+/// The bytes of a result's file.
+pub(crate) fn bytes_of(fd: &OwnedFd, lease: &Lease) -> Vec<u8> {
     let mapping = Mapping::read_only(fd.as_fd(), lease.segment_size, Backing::Memfd).unwrap();
     let at = lease.extent.offset as usize..(lease.extent.offset + lease.extent.length) as usize;
     assert!(at.end <= mapping.len());
     // SAFETY: inside the mapping; a leased result is not written.
-    let bytes = unsafe { std::slice::from_raw_parts(mapping.as_ptr().add(at.start), at.len()) };
-    let reader = FileReader::try_new(std::io::Cursor::new(bytes.to_vec()), None).unwrap();
+    unsafe { std::slice::from_raw_parts(mapping.as_ptr().add(at.start), at.len()) }.to_vec()
+}
+
+/// Reads a result as Arrow does: rows in it.
+pub(crate) fn rows_of(fd: &OwnedFd, lease: &Lease) -> usize {
+    let reader = FileReader::try_new(std::io::Cursor::new(bytes_of(fd, lease)), None).unwrap();
     reader.map(|batch| batch.unwrap().num_rows()).sum()
 }
 

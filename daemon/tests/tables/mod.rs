@@ -200,7 +200,7 @@ impl Table {
         }
         let decoded = Descriptor::decode(&bytes).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(decoded, self.descriptor);
-        let plan = Plan::with_offset_limit(decoded, bytes.len() as u64, window, 1 << 40, limit)?;
+        let plan = Plan::with_offset_limit(decoded, bytes.len() as u64, window, 0, 1 << 40, limit)?;
         Ok((plan, bytes))
     }
 

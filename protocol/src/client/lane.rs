@@ -24,6 +24,8 @@ pub(super) struct Lane {
     pub(super) window: Window,
     /// Scratch for descriptors, kept between requests.
     pub(super) scratch: Vec<u8>,
+    /// What the daemon advised when it last streamed: bytes of the ring, 0 for all of the window.
+    pub(super) ring: u64,
 }
 
 /// A lane's connection.
@@ -101,7 +103,7 @@ impl Lane {
         failpoint("client.window_mapped");
         let noted = link.descriptors().put(connection.as_fd().as_raw_fd());
         let wire = Wire { connection, lane: id, request: 1, fds, frame, buffer, noted };
-        Ok(Self { wire, window, scratch: Vec::new() })
+        Ok(Self { wire, window, scratch: Vec::new(), ring: 0 })
     }
 
     /// Writes the descriptor in [`scratch`](Self::scratch) to the window's start. False if there is no room for it.

@@ -14,7 +14,7 @@ use super::report::{ITEM_BYTES, ItemReport};
 use super::session::Progress;
 use super::source::Source;
 use super::window::Window;
-use crate::chunks::ChunkList;
+use crate::chunks::{ChunkList, MIN_RING};
 use crate::descriptor::Descriptor;
 use crate::failpoint::failpoint;
 use crate::message::{ErrorCode, Failure, Lease, Message, Naming, Quantize};
@@ -23,7 +23,7 @@ use crate::message::{ErrorCode, Failure, Lease, Message, Naming, Quantize};
 const SMALL: u64 = 1 << 20;
 /// From here on other threads help to copy.
 const LARGE: u64 = 4 << 20;
-/// Bytes between two `WROTE`.
+/// Most bytes between two `WROTE`.
 const ANNOUNCE: u64 = 2 << 20;
 /// How long a cancelled request may take to be answered.
 const AFTERMATH: Duration = Duration::from_secs(10);
@@ -74,16 +74,18 @@ pub(super) fn run(
     if bytes > most || !lane.write_descriptor() {
         return Ok(Err(ClientError::TooLarge { bytes, most }));
     }
-    let list = ChunkList::new(request.descriptor, bytes, lane.window.len());
+    let list = ChunkList::with_ring(request.descriptor, bytes, lane.window.len(), lane.ring);
     let Ok(chunks) = u32::try_from(list.chunks.len()) else {
         return Ok(Err(ClientError::TooLarge { bytes: u64::MAX, most }));
     };
     let shared = request.descriptor.places().map(|(_, values, _)| values.bytes()).sum();
     let Request { source, descriptor, naming, releases, progress, helpers, primary, polling } = request;
     let timeout = clock.milliseconds();
+    let Lane { wire, window, ring: advised, .. } = lane;
+    let ring = *advised;
     let ask = move |wire: &mut Wire, ready, clock: &mut Clock<'_>| -> Result<(), ClientError> {
         let message = |releases| {
-            Message::Quantize(Quantize { descriptor: bytes, ready, timeout, named: naming, releases })
+            Message::Quantize(Quantize { descriptor: bytes, ready, timeout, named: naming, releases, ring })
         };
         releases.send(message, |message| wire.send(message, clock))?;
         failpoint("client.quantize_sent");
@@ -92,7 +94,6 @@ pub(super) fn run(
     let total = bytes_of(&list, 0, list.chunks.len());
     let mut stream =
         Stream { list: &list, descriptor, total, shared, done: 0, progress, primary, cancelled: None };
-    let Lane { wire, window, .. } = lane;
     wire.begin();
 
     let message = if list.resident && total <= SMALL {
@@ -111,12 +112,22 @@ pub(super) fn run(
             let _stop = StopOnDrop(&filling);
             stream.pump(wire, &filling, clock)
         };
-        let streamed = if total >= LARGE { helpers.with(&|| filling.help(), main) } else { main() };
+        // Where others stream, too, they keep the cores busy: this thread is enough, and fewer take turns.
+        let streamed =
+            if total >= LARGE && ring == 0 { helpers.with(&|| filling.help(), main) } else { main() };
         match streamed? {
             Some(message) => message,
             None => stream.answer(wire, Duration::ZERO, clock)?,
         }
     };
+    if let Message::Done { ring, .. } = message
+        && !list.resident
+    {
+        if ring > 0 && ring < MIN_RING {
+            return Err(ClientError::protocol(format!("a ring of {ring} bytes was advised")));
+        }
+        *advised = ring;
+    }
     failpoint("client.reply_received");
     stream.outcome(window, message, clock)
 }
@@ -153,6 +164,7 @@ impl Stream<'_> {
     ) -> Result<Option<Message>, ClientError> {
         let all = self.list.chunks.len();
         let (mut announced, mut consumed) = (0, 0);
+        let announce = ANNOUNCE.min(self.list.capacity / 4);
         loop {
             while let Some(event) = wire.look()? {
                 if let Some(message) = self.event(event, announced, &mut consumed, filling)? {
@@ -173,7 +185,7 @@ impl Stream<'_> {
             let Some(mark) = filling.watermark() else { return Err(ClientError::Cancelled) };
             let fresh = bytes_of(self.list, announced, mark);
             // A daemon that has nothing to do is told at once.
-            if mark > announced && (mark == all || !wrote || fresh >= ANNOUNCE || announced == 0) {
+            if mark > announced && (mark == all || !wrote || fresh >= announce || announced == 0) {
                 wire.send(&Message::Wrote { chunks: mark as u32 }, clock)?;
                 failpoint("client.wrote");
                 announced = mark;
@@ -237,7 +249,7 @@ impl Stream<'_> {
         clock: &Clock<'_>,
     ) -> Result<Outcome, ClientError> {
         match message {
-            Message::Done { lease, report } => {
+            Message::Done { lease, report, .. } => {
                 let bytes = if report % ITEM_BYTES == 0 { window.read(report) } else { None };
                 let Some(bytes) = bytes else {
                     return Err(ClientError::protocol(format!("a report of {report} bytes")));

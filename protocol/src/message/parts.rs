@@ -62,12 +62,13 @@ pub(super) fn read_quantize(f: &mut Reader<'_>, tail: &mut Reader<'_>) -> Result
     let flags = f.u32("flags")?;
     let releases = f.u32("releases")?;
     let digest = f.key("digest")?;
+    let ring = f.u64("ring")?;
     let releases = read_releases(releases, tail)?;
     let named = match flags & FLAG_NAMED {
         0 => None,
         _ => Some(Naming { name: read_name(tail)?, replace: flags & FLAG_REPLACE != 0, digest }),
     };
-    Ok(Quantize { descriptor, ready, timeout, named, releases })
+    Ok(Quantize { descriptor, ready, timeout, named, releases, ring })
 }
 
 pub(super) fn read_target(f: &mut Reader<'_>, tail: &mut Reader<'_>) -> Result<Target, WireError> {

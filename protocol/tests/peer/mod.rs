@@ -146,7 +146,7 @@ pub(crate) fn lease(segment: u64, generation: u64, fd: bool) -> Lease {
 }
 
 pub(crate) fn done(lease: Lease) -> Message {
-    Message::Done { lease, report: 0 }
+    Message::Done { lease, report: 0, ring: 0 }
 }
 
 pub(crate) type Call = JoinHandle<Result<Quantized, ClientError>>;
