@@ -56,6 +56,14 @@ def vectors(rows: int, dim: int, seed: int = 0) -> tuple[np.ndarray, pa.Table]:
     return x, pa.table({"emb": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), dim)})
 
 
+def pin(pid: int, cores: set[int]) -> set[int]:
+    """Keep all threads of a process to these cores; gives those that it had."""
+    before = os.sched_getaffinity(pid)
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        os.sched_setaffinity(int(thread), cores)
+    return before
+
+
 def take_turns(cases: dict[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, list[float]]:
     """Seconds of each call of each case, the cases taking turns of so many ``calls``.
 

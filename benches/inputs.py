@@ -7,13 +7,16 @@ import os
 import re
 import statistics
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import pyarrow as pa
+from safetensors.numpy import save_file
 
-from harness import Daemon, median_ratio
+from harness import Daemon, median_ratio, take_turns, vectors
 from shmquant import ShmQuantizer
 
 DIM = 384
@@ -106,6 +109,44 @@ def measure(daemon: Daemon, program: Path, mib: int, rounds: int) -> list[dict]:
     return found
 
 
+def files(daemon: Daemon, mib: int, rounds: int) -> list[dict]:
+    """A file whose pages are in the page cache, beside the same values in private memory, taking turns."""
+    q = ShmQuantizer(address=daemon.address)
+    x, table = vectors(mib * (1 << 20) // (4 * DIM), DIM, seed=mib)
+    found = []
+    with tempfile.TemporaryDirectory(prefix="shmquant-bench-") as folder:
+        arrow, tensors = Path(folder) / "x.arrow", Path(folder) / "x.safetensors"
+        with pa.ipc.new_file(arrow, table.schema) as writer:
+            writer.write_table(table)
+        save_file({"x": x}, tensors)
+        layer = {"x": x}
+        cases = {
+            "Arrow IPC, int8 row": (arrow, table, {"scheme": "int8"}),
+            "safetensors, int8 group 128": (
+                tensors,
+                layer,
+                {"scheme": "int8", "granularity": "group", "group_size": 128},
+            ),
+        }
+        for name, (path, private, options) in cases.items():
+            times = take_turns(
+                {
+                    "file": lambda p=path, o=options: q.quantize_file(p, **o).release(),
+                    "private": lambda p=private, o=options: q.quantize(p, **o).release(),
+                },
+                rounds,
+            )
+            found.append(
+                {
+                    "mib": mib,
+                    "case": name,
+                    **{f"{where}_gb_s": x.nbytes / statistics.median(s) / 1e9 for where, s in times.items()},
+                    "of_private": median_ratio(times["file"], times["private"]),
+                }
+            )
+    return found
+
+
 def _segment(text: str) -> str | None:
     found = re.search(r"shmquant\.\S+", text)
     return found and found[0]
@@ -121,7 +162,10 @@ def run(quick: bool) -> dict:
     program = build()
     sizes, rounds = ([16], 3) if quick else ([1, 16, 256, 1024], 15)
     with Daemon() as daemon:
-        return {"inputs": [row for mib in sizes for row in measure(daemon, program, mib, rounds)]}
+        return {
+            "inputs": [row for mib in sizes for row in measure(daemon, program, mib, rounds)],
+            "files": [row for mib in sizes if mib >= 16 for row in files(daemon, mib, rounds)],
+        }
 
 
 def tables(results: dict) -> str:
@@ -134,6 +178,16 @@ def tables(results: dict) -> str:
     for r in results["inputs"]:
         rates = " | ".join(f"{r[f'{where}_gb_s']:.1f}" for where in ("input", "private", "kernel"))
         lines.append(f"| {r['mib']} | {r['case']} | {rates} | {r['of_kernel']:.2f} | {r['of_private']:.2f} |")
+    lines += ["", "`quantize_file` of a file that is in the page cache:", ""]
+    lines += [
+        "| MiB | file, scheme | from the file, GB/s | from private memory, GB/s | of private memory |",
+        "|---:|---|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {r['mib']} | {r['case']} | {r['file_gb_s']:.1f} | {r['private_gb_s']:.1f} "
+        f"| {r['of_private']:.2f} |"
+        for r in results["files"]
+    ]
     return "\n".join(lines)
 
 

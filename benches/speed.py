@@ -9,7 +9,7 @@ from collections.abc import Callable
 import limits
 import peers
 import transports
-from harness import Daemon, median_ratio, p99, take_turns, vectors
+from harness import Daemon, median_ratio, p99, pin, take_turns, vectors
 from shmquant import ShmQuantizer
 
 DIM = 384
@@ -88,6 +88,48 @@ def latency(address: str, sleepy: str, rounds: int) -> list[dict]:
     ]
 
 
+def placed(daemon: Daemon, sleepy: Daemon, rounds: int) -> list[dict]:
+    """The same small request where both sides are kept to one core, and where each has its own.
+
+    Left to itself the kernel puts two processes that wake each other now here, now there, and what
+    waking costs depends on that more than on anything that they do.
+    """
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    table = vectors(8, 128)[1]
+    q = ShmQuantizer(address=daemon.address)
+    quiet = ShmQuantizer(address=sleepy.address, poll=False)
+    bare = limits.SocketPeer()
+    cases = {
+        "bare socket round trip, without polling": bare,
+        "shmquant, result object": lambda: q.quantize(table, scheme="int8"),
+        "shmquant, result object, without polling": lambda: quiet.quantize(table, scheme="int8"),
+    }
+    rows = []
+    # The threads that there will be are there.
+    take_turns(cases, 1, calls=10)
+    for where, ours, theirs in (("one core", cores[0], cores[0]), ("two cores", cores[0], cores[-1])):
+        before = pin(os.getpid(), {ours})
+        for pid in (daemon.pid, sleepy.pid, bare.pid):
+            pin(pid, {theirs})
+        times = take_turns(cases, rounds, calls=100)
+        pin(os.getpid(), before)
+        limit = statistics.median(times["bare socket round trip, without polling"])
+        rows += [
+            {
+                "where": where,
+                "case": name,
+                "p50_us": statistics.median(seconds) * 1e6,
+                "p99_us": p99(seconds) * 1e6,
+                "beyond_us": (statistics.median(seconds) - 1.5 * limit) * 1e6,
+            }
+            for name, seconds in times.items()
+        ]
+    for pid in (daemon.pid, sleepy.pid):
+        pin(pid, before)
+    bare.close()
+    return rows
+
+
 def by_size(address: str, sizes: list[int], rounds: int) -> list[dict]:
     """One request of each size, in KiB, ours against a copy and against numpy: where which cost rules."""
     q = ShmQuantizer(address=address)
@@ -118,6 +160,7 @@ def run(quick: bool) -> dict:
     with Daemon() as daemon, Daemon("--no-poll") as sleepy:
         return {
             "latency": latency(daemon.address, sleepy.address, 3 if quick else 30),
+            "placed": placed(daemon, sleepy, 3 if quick else 15),
             "by_size": by_size(daemon.address, [4, 64] if quick else [4, 16, 64, 256, 1024, 4096, 16384], 5),
             "throughput": [
                 row for mib in sizes for row in throughput(daemon.address, mib, 3 if quick else 7)
@@ -143,5 +186,11 @@ def tables(results: dict) -> str:
     lines += [
         f"| {r['case']} | {r['p50_us']:.1f} | {r['p99_us']:.1f} | {r['of_bare']:.2f} |"
         for r in results["latency"]
+    ]
+    lines += ["", "The same with client and daemon kept to these cores:", ""]
+    lines += ["| on | case | p50 µs | p99 µs | beyond 1.5 x bare, µs |", "|---|---|--:|--:|--:|"]
+    lines += [
+        f"| {r['where']} | {r['case']} | {r['p50_us']:.1f} | {r['p99_us']:.1f} | {r['beyond_us']:.1f} |"
+        for r in results["placed"]
     ]
     return "\n".join(lines)
