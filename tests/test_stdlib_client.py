@@ -101,9 +101,12 @@ def test_groups_of_rows_longer_than_a_chunk(lane):
     assert lane.consumed_notices > 0
 
 
-@pytest.mark.parametrize("rows", [3000, 9000], ids=["resident", "streamed"])
-def test_a_tensor_in_two_passes(lane, rows):
+@pytest.mark.parametrize(
+    ("rows", "ring"), [(3000, 0), (9000, 0), (9000, 2 << 20)], ids=["resident", "streamed", "ring"]
+)
+def test_a_tensor_in_two_passes(lane, rows, ring):
     k = 128
+    lane.ring = ring
     values = numbers(rows * k)
     spec = d.Spec(d.UINT8, d.ASYMMETRIC, d.TENSOR)
     descriptor = column_of(rows, k, spec)

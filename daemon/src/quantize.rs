@@ -393,7 +393,7 @@ impl Observer for Flow {
         }
         // Under its lock, so that watermarks go out in order whichever worker is faster.
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if watermark <= *told || list.freed(*told, watermark) < list.capacity / 4 {
+        if watermark <= *told || list.freed(*told, watermark) < list.notice {
             return;
         }
         *told = watermark;

@@ -61,6 +61,8 @@ pub struct ChunkList {
     pub base: u64,
     /// Bytes of the ring.
     pub capacity: u64,
+    /// Bytes of the ring that are worth a `CONSUMED` when they have become free.
+    pub notice: u64,
     /// Every chunk has a place of its own: nothing is overwritten.
     pub resident: bool,
 }
@@ -86,7 +88,7 @@ impl ChunkList {
         }
         let base = descriptor_bytes.next_multiple_of(ALIGN);
         let capacity = window.saturating_sub(base) / ALIGN * ALIGN;
-        let mut list = Self { chunks, base, capacity, resident: false };
+        let mut list = Self { chunks, base, capacity, notice: capacity / 4, resident: false };
         list.place(ring);
         list
     }
@@ -114,6 +116,8 @@ impl ChunkList {
         self.resident = total <= self.capacity;
         if !self.resident && ring > 0 {
             self.capacity = self.capacity.min(ring / ALIGN * ALIGN);
+            // Others have work for the cores meanwhile: few messages are worth more than being told soon.
+            self.notice = self.capacity / 2;
         }
         let mut cursor = 0u64;
         let mut scans = 0;

@@ -164,7 +164,7 @@ impl Stream<'_> {
     ) -> Result<Option<Message>, ClientError> {
         let all = self.list.chunks.len();
         let (mut announced, mut consumed) = (0, 0);
-        let announce = ANNOUNCE.min(self.list.capacity / 4);
+        let announce = ANNOUNCE.min(self.list.capacity / 2);
         loop {
             while let Some(event) = wire.look()? {
                 if let Some(message) = self.event(event, announced, &mut consumed, filling)? {
