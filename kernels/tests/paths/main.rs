@@ -279,30 +279,37 @@ fn extreme_parameters_give_the_reference() {
                 let given = Some((scales.as_slice(), zeros.as_slice()));
                 let want = reference::quantize(&case.input(), &layout, &affine, OnNonFinite::Error, given);
                 for kernels in Kernels::all() {
-                    let mut codes = vec![0xa5; layout.code_bytes(affine.bits) as usize];
-                    let got = kernels.encode(
-                        Values::from_f32(&values),
-                        0,
-                        &layout,
-                        &affine,
-                        OnNonFinite::Error,
-                        &scales,
-                        ZeroPoints::I32(&zeros),
-                        &mut codes,
-                        &mut Vec::new(),
-                    );
-                    let got = got.map(|counters| Quantized {
-                        codes,
-                        scales: scales.clone(),
-                        zero_points: zeros.clone(),
-                        counters,
-                        nulled: vec![],
-                    });
+                    let got = encode_given(kernels, &values, &layout, &affine, &scales, &zeros);
                     assert_eq!(got, want, "{} {scheme} {mapping} {arith:?} {granularity}", kernels.name());
                 }
             }
         }
     }
+}
+
+/// Codes of a whole array by given parameters.
+fn encode_given(
+    kernels: &Kernels,
+    values: &[f32],
+    layout: &Layout,
+    affine: &Affine,
+    scales: &[f32],
+    zeros: &[i32],
+) -> Result<Quantized, Fault> {
+    let mut codes = vec![0xa5; layout.code_bytes(affine.bits) as usize];
+    let counters = kernels.encode(
+        Values::from_f32(values),
+        0,
+        layout,
+        affine,
+        OnNonFinite::Error,
+        scales,
+        ZeroPoints::I32(zeros),
+        &mut codes,
+        &mut Vec::new(),
+    )?;
+    let (scales, zero_points) = (scales.to_vec(), zeros.to_vec());
+    Ok(Quantized { codes, scales, zero_points, counters, nulled: vec![] })
 }
 
 /// Quotients next to ties, by scales of all magnitudes: there a product with the reciprocal would round to another code.
@@ -348,22 +355,10 @@ fn quotients_next_to_ties_give_the_reference() {
         let want =
             reference::quantize(&input, &layout, &affine, OnNonFinite::Error, given).expect("finite values");
         for kernels in Kernels::all() {
-            let mut codes = vec![0xa5; want.codes.len()];
-            let counters = kernels
-                .encode(
-                    Values::from_f32(&values),
-                    0,
-                    &layout,
-                    &affine,
-                    OnNonFinite::Error,
-                    &scales,
-                    ZeroPoints::I32(&zeros),
-                    &mut codes,
-                    &mut Vec::new(),
-                )
-                .expect("finite values");
-            assert!(codes == want.codes, "{} {scheme}", kernels.name());
-            assert_eq!(counters, want.counters, "{} {scheme}", kernels.name());
+            let got =
+                encode_given(kernels, &values, &layout, &affine, &scales, &zeros).expect("finite values");
+            assert!(got.codes == want.codes, "{} {scheme}", kernels.name());
+            assert_eq!(got.counters, want.counters, "{} {scheme}", kernels.name());
         }
     }
 }
