@@ -120,16 +120,8 @@ pub(super) fn run(
             None => stream.answer(wire, Duration::ZERO, clock)?,
         }
     };
-    if let Message::Done { ring, .. } = message
-        && !list.resident
-    {
-        if ring > 0 && ring < MIN_RING {
-            return Err(ClientError::protocol(format!("a ring of {ring} bytes was advised")));
-        }
-        *advised = ring;
-    }
     failpoint("client.reply_received");
-    stream.outcome(window, message, clock)
+    stream.outcome(window, advised, message, clock)
 }
 
 struct StopOnDrop<'a, 'b>(&'a Filling<'b>);
@@ -245,11 +237,19 @@ impl Stream<'_> {
     fn outcome(
         &self,
         window: &mut Window,
+        advised: &mut u64,
         message: Message,
         clock: &Clock<'_>,
     ) -> Result<Outcome, ClientError> {
         match message {
-            Message::Done { lease, report, .. } => {
+            Message::Done { lease, report, ring } => {
+                // What took no round in the window says nothing of a ring.
+                if !self.list.resident {
+                    if ring > 0 && ring < MIN_RING {
+                        return Err(ClientError::protocol(format!("a ring of {ring} bytes was advised")));
+                    }
+                    *advised = ring;
+                }
                 let bytes = if report % ITEM_BYTES == 0 { window.read(report) } else { None };
                 let Some(bytes) = bytes else {
                     return Err(ClientError::protocol(format!("a report of {report} bytes")));
