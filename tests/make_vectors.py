@@ -228,6 +228,188 @@ def kept_table():
     return columns(rows, items, [row_spec()], metadata=[("a", "1"), ("schlüssel", "wert")])
 
 
+def encoded_column(rows, k, spec, **more):
+    """A table of one vector column that the client encodes."""
+    return columns(rows, [vectors(rows, k, encoded=True, **more)], [spec])
+
+
+INT8_ASYMMETRIC_ROWS = d.Spec(d.INT8, d.ASYMMETRIC)
+INT4_GROUPS = d.Spec(d.INT4, d.SYMMETRIC, d.GROUP, packing=d.LSB, group_size=24)
+UINT2_GROUPS = d.Spec(d.UINT2, d.ASYMMETRIC, d.GROUP, packing=d.LSB, group_size=32)
+# Every way that an encoded chunk is made of parts.
+ENCODED = [
+    ("encoded rows, one chunk", encoded_column(100, 64, row_spec())),
+    ("encoded rows, the shortest", encoded_column(999, 8, INT8_ASYMMETRIC_ROWS)),
+    ("encoded rows with zero points, streamed", encoded_column(50_000, 100, INT8_ASYMMETRIC_ROWS)),
+    ("encoded rows: resident where values would not be", encoded_column(30_000, 96, row_spec())),
+    ("encoded rows, packed", encoded_column(3001, 77, d.Spec(d.INT2, packing=d.LSB))),
+    ("encoded rows longer than a chunk: two passes", encoded_column(3, 300_001, row_spec())),
+    (
+        "encoded rows longer than a chunk, packed, zero points, dropped ones: two passes",
+        encoded_column(3, 300_001, d.Spec(d.UINT4, d.ASYMMETRIC, on_nonfinite=d.NULL, packing=d.LSB)),
+    ),
+    ("encoded rows longer than a chunk, streamed", encoded_column(15, 400_000, row_spec())),
+    ("encoded groups, a short last one", encoded_column(10_000, 100, UINT4_GROUPS)),
+    ("encoded groups, a padded byte a row", encoded_column(9000, 129, UINT2_GROUPS)),
+    (
+        "encoded groups, one a row",
+        encoded_column(777, 33, d.Spec(d.UINT4, d.ASYMMETRIC, d.GROUP, 0, d.LSB, 40)),
+    ),
+    ("encoded groups in rows longer than a chunk", encoded_column(3, 300_001, UINT4_GROUPS)),
+    (
+        "encoded groups too long to be cut at, across chunks: two passes",
+        encoded_column(2, 300_001, d.Spec(d.INT4, d.SYMMETRIC, d.GROUP, 0, d.LSB, 40_000)),
+    ),
+    ("encoded tensor in one chunk", encoded_column(512, 512, TENSOR)),
+    ("encoded tensor in more: two passes", encoded_column(513, 512, TENSOR)),
+    ("encoded tensor, two passes, streamed", encoded_column(10_000, 512, TENSOR)),
+    ("encoded tensor, a value a row", encoded_column(1000, 1, TENSOR)),
+    ("encoded dimension in one chunk", encoded_column(300, 50, d.Spec(d.INT8, d.ASYMMETRIC, d.DIMENSION))),
+    ("encoded dimension, two passes, resident", encoded_column(20_000, 50, DIMENSION)),
+    ("encoded dimension, two passes, streamed", encoded_column(90_000, 50, DIMENSION)),
+    ("encoded dimension, as many as may be", encoded_column(9, 65_536, DIMENSION)),
+    ("an encoded dimension whose chunks are larger than its values", encoded_column(1, 65_536, DIMENSION)),
+    (
+        "encoded by given parameters",
+        encoded_column(
+            400_000,
+            3,
+            d.Spec(d.INT8, d.ASYMMETRIC, d.DIMENSION),
+            params_id=0x1122,
+            scales=[0.5, 0.25, 2.0],
+            zero_points=[1, -2, 127],
+        ),
+    ),
+    (
+        "encoded by given parameters, a row each, with dropped ones",
+        encoded_column(
+            9,
+            33,
+            d.Spec(d.UINT4, d.ASYMMETRIC, on_nonfinite=d.NULL, packing=d.LSB),
+            params_id=7,
+            scales=[0.5] * 9,
+            zero_points=[8] * 9,
+        ),
+    ),
+    (
+        "encoded beside nulls, dropped ones",
+        encoded_column(20_000, 32, row_spec(on_nonfinite=d.NULL), null_count=17),
+    ),
+    (
+        "encoded rows beside nulls without elements",
+        columns(
+            20_000,
+            [
+                vectors(20_000, 0, null_count=2),
+                vectors(20_000, 100, encoded=True, null_count=1, dtype=d.FLOAT16),
+            ],
+            [row_spec(on_nonfinite=d.NULL)],
+        ),
+    ),
+    (
+        "encoded: every type of value",
+        columns(
+            9000,
+            [
+                d.Item(d.VECTOR, "half", 9000, 100, 0, d.FLOAT16, encoded=True),
+                d.Item(d.VECTOR, "brain", 9000, 100, 0, d.BFLOAT16, encoded=True),
+                d.Item(d.VECTOR, "double", 9000, 100, 0, d.FLOAT64, encoded=True),
+                d.Item(d.VECTOR, "all", 9000, 100, 2, d.FLOAT64, encoded=True),
+            ],
+            [row_spec(on_nonfinite=d.SATURATE), UINT4_GROUPS, TENSOR],
+            flags=d.METRICS,
+        ),
+    ),
+    (
+        "encoded plain columns",
+        columns(
+            400_000,
+            [
+                d.Item(d.PLAIN, "one pass", 400_000, 1, 0, d.FLOAT16, encoded=True),
+                d.Item(d.PLAIN, "two passes", 400_000, 1, 1, encoded=True, null_count=5),
+                d.Item(
+                    d.PLAIN, "given", 400_000, 1, 0, d.FLOAT64, params_id=3, scales=[0.25], zero_points=[9]
+                ),
+                d.Item(
+                    d.PLAIN,
+                    "given, encoded",
+                    400_000,
+                    1,
+                    1,
+                    d.FLOAT64,
+                    params_id=3,
+                    scales=[0.25],
+                    zero_points=[-9],
+                    encoded=True,
+                ),
+            ],
+            [TENSOR, d.Spec(d.INT8, d.ASYMMETRIC, d.TENSOR, on_nonfinite=d.NULL)],
+        ),
+    ),
+    (
+        "encoded layers: odd k in one pass, codes across bytes",
+        layers(
+            [
+                layer("rows", 4097, 129, spec=0, encoded=True),
+                layer("groups", 5000, 33, spec=1, encoded=True),
+                layer("short groups", 999, 25, spec=2, encoded=True),
+                layer("packed rows", 777, 9, spec=3, encoded=True),
+            ],
+            [row_spec(on_nonfinite=d.NULL), UINT4_GROUPS, INT4_GROUPS, d.Spec(d.INT2, packing=d.LSB)],
+        ),
+    ),
+    (
+        "encoded layers: odd k in two passes, domains across chunks, codes across bytes",
+        layers(
+            [
+                layer("rows", 9, 100_001, spec=0, encoded=True),
+                layer("groups", 9, 100_001, spec=1, encoded=True),
+                layer("groups of 24", 9, 100_001, spec=2, encoded=True, dtype=d.FLOAT64),
+                layer("packed rows", 9, 100_001, spec=3, encoded=True, dtype=d.FLOAT16),
+                layer("tensor", 701, 701, spec=4, encoded=True),
+            ],
+            [
+                INT8_ASYMMETRIC_ROWS,
+                UINT4_GROUPS,
+                INT4_GROUPS,
+                d.Spec(d.INT2, packing=d.LSB),
+                d.Spec(d.UINT2, d.ASYMMETRIC, d.TENSOR, packing=d.LSB),
+            ],
+        ),
+    ),
+    (
+        "encoded layers beside streamed ones, in an extent, null, empty, as they are",
+        layers(
+            [
+                layer("encoded", 700, 500, spec=0, encoded=True),
+                layer("streamed", 700, 500, spec=0),
+                layer("none", 0, 0, null=True, shape=[]),
+                layer("there", 700, 500, spec=0, **PLACED),
+                layer("as it is", 700, 500, spec=2, dtype=d.FLOAT16),
+                layer("no shape", 1, 100_001, spec=1, shape=[], encoded=True),
+                layer("empty", 4, 0, spec=0),
+                layer("cube", 64, 16, spec=1, shape=[8, 8, 16], encoded=True),
+            ],
+            [row_spec(), d.Spec(d.UINT8, d.ASYMMETRIC, d.TENSOR), LEFT],
+            flags=d.METRICS | d.CONTINUE_ON_ERROR,
+        ),
+    ),
+    (
+        "encoded columns beside streamed ones and ones in an extent, two passes each",
+        columns(
+            9000,
+            [
+                d.Item(d.VECTOR, "streamed", 9000, 128, 0, null_count=1),
+                d.Item(d.VECTOR, "encoded", 9000, 128, 0, null_count=9, encoded=True),
+                d.Item(d.VECTOR, "there", 9000, 128, 0, **PLACED),
+                d.Item(d.VECTOR, "again", 9000, 33, 1, d.FLOAT16, encoded=True),
+            ],
+            [TENSOR, d.Spec(d.UINT2, d.ASYMMETRIC, on_nonfinite=d.NULL, packing=d.LSB)],
+        ),
+    ),
+]
+
+
 # How the Rust test's arrow library prints their types.
 KEPT_TYPES = {
     "id": "Int64",
@@ -334,6 +516,7 @@ DESCRIPTORS = [
         "layers: rows too long to be cut unaligned",
         layers([layer("wide", 9, 100_001, spec=0), layer("tensor", 700, 701, spec=1)], [row_spec(), TENSOR]),
     ),
+    *ENCODED,
 ]
 
 
@@ -359,7 +542,7 @@ def item_fields(item):
 
 def chunk_fields(chunk, resident):
     """A chunk in a row: item, stream, kind, begin, bytes, start, at, and whether the client writes it."""
-    written = not (resident and chunk.follows)
+    written = not (resident and chunk.repeats)
     start = chunk.start if written else None
     return [chunk.item, chunk.stream, chunk.kind, chunk.begin, chunk.bytes, start, chunk.at, written]
 

@@ -1,6 +1,6 @@
 """Read an Arrow IPC file with `struct` alone: as much of its flatbuffers as finding the buffers needs.
 
-Section 7 of `protocol/PROTOCOL.md` says that a result is such a file; this is the proof that nothing else is
+Section 8 of `protocol/PROTOCOL.md` says that a result is such a file; this is the proof that nothing else is
 needed to read one. Types that shmquant never writes (unions, run-end encoding, list views) are refused.
 """
 

@@ -2,8 +2,8 @@
 
 It is here to prove the page: whatever this client cannot do with the page's words is missing from the page.
 It is also the shortest complete answer to "what must a client in another language do". It is in four files,
-by the page's sections: `stdlib_messages` (1, 3), `stdlib_descriptor` (4, 5), `stdlib_client` (2, 6) and
-`stdlib_arrow` (7).
+by the page's sections: `stdlib_messages` (1, 3), `stdlib_descriptor` (4 to 6), `stdlib_client` (2, 7) and
+`stdlib_arrow` (8).
 """
 
 import array
@@ -46,6 +46,14 @@ def default_address():
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     folder = os.path.join(runtime, "shmquant") if runtime else f"/tmp/shmquant-{os.getuid()}"
     return os.path.join(folder, "shmquant-1.sock")
+
+
+def digest_of(sources):
+    """This client's word for values; another hash than that of the project's clients."""
+    digest = hashlib.blake2b(digest_size=16)
+    for stream in (stream for streams in sources for stream in streams):
+        digest.update(stream)
+    return digest.digest()
 
 
 class Connection:
@@ -220,8 +228,14 @@ class Lane(Connection):
         # What the daemon advised last, in bytes; 0 is all of the window.
         self.ring = 0
 
-    def quantize(self, descriptor, sources, name=None, replace=False, timeout=NO_TIMEOUT, releases=()):
-        """Quantize `sources` (per item, its streams); gives the lease, its view and the reports."""
+    def quantize(
+        self, descriptor, sources, name=None, replace=False, timeout=NO_TIMEOUT, releases=(), digest=None
+    ):
+        """Quantize `sources` (per item, its streams); gives the lease, its view and the reports.
+
+        Values are bytes, those of an encoded item a callable that makes a chunk's findings. A name's digest
+        is made from the streams unless it is given.
+        """
         self.session.listen()
         raw = descriptor.encode()
         if len(raw) > self.size // 4:
@@ -233,10 +247,8 @@ class Lane(Connection):
         values = {"descriptor": len(raw), "ready": written, "timeout": timeout, "releases": releases}
         values["ring"] = self.ring
         if name is not None:
-            digest = hashlib.blake2b(digest_size=16)
-            for stream in (stream for streams in sources for stream in streams):
-                digest.update(stream)
-            values |= {"flags": NAMED | (REPLACE if replace else 0), "name": name, "digest": digest.digest()}
+            values |= {"flags": NAMED | (REPLACE if replace else 0), "name": name}
+            values["digest"] = digest or digest_of(sources)
         request = self.ask("QUANTIZE", **values)
 
         def consumed(message, number, notice):
@@ -272,16 +284,17 @@ class Lane(Connection):
             freed = chunks[min(consumed, written)].start
             if ring is not None and chunk.start + ceil64(chunk.bytes) - freed > ring:
                 break
-            if chunk.bytes and not (ring is None and chunk.follows):
-                source = memoryview(sources[chunk.item][chunk.stream]).cast("B")
-                self.window[chunk.at : chunk.at + chunk.bytes] = source[
-                    chunk.begin : chunk.begin + chunk.bytes
-                ]
+            if chunk.bytes and not (ring is None and chunk.repeats):
+                source, begin = sources[chunk.item][chunk.stream], chunk.begin
+                if callable(source):
+                    source, begin = source(chunk), 0
+                taken = memoryview(source).cast("B")[begin : begin + chunk.bytes]
+                self.window[chunk.at : chunk.at + chunk.bytes] = taken
             written += 1
         return written
 
     def _report(self, index):
-        """Section 6: the report of one quantized item."""
+        """Section 7: the report of one quantized item."""
         raw = self.window[80 * index : 80 * index + 80]
         return unpack(REPORT, raw)
 

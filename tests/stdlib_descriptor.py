@@ -1,4 +1,5 @@
-"""Sections 4 and 5 of `protocol/PROTOCOL.md`: the descriptor's bytes and the chunks that follow from it."""
+"""Sections 4 to 6 of `protocol/PROTOCOL.md`: the descriptor's bytes, the chunks that follow from it, and what
+an encoded chunk is made of."""
 
 import struct
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ ERROR, NULL, SATURATE = 0, 1, 2
 UNPACKED, LSB = 0, 1
 LAYER, VECTOR, PLAIN, KEEP = 1, 2, 3, 4
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = 1, 2, 3, 4
-NULL_LAYER, EXTENT = 1, 2
+NULL_LAYER, EXTENT, ENCODED = 1, 2, 4
 ELEMENT_SIZE = {FLOAT16: 2, BFLOAT16: 2, FLOAT32: 4, FLOAT64: 8}
+BITS = {INT8: 8, UINT8: 8, INT4: 4, UINT4: 4, INT2: 2, UINT2: 2}
 
 
 @dataclass
@@ -54,11 +56,13 @@ class Item:
     zero_points: list = field(default_factory=list)
     extent: dict | None = None  # where the values lie, unless they cross through the window
     offset: int = 0
+    encoded: bool = False  # the client encodes the values
 
     def encode(self):
         """The item's bytes in the descriptor."""
         parts = [struct.pack("<B", self.role), string(self.name)]
         flags = (NULL_LAYER if self.null else 0) | (EXTENT if self.extent else 0)
+        flags |= ENCODED if self.encoded else 0
         parts.append(struct.pack("<HBB", self.spec, self.dtype, flags))
         parts.append(struct.pack("<QQQ", self.rows, self.k, self.null_count))
         parts.append(struct.pack(f"<B{len(self.shape)}q", len(self.shape), *self.shape))
@@ -164,7 +168,9 @@ class Chunk:
     kind: str
     begin: int
     bytes: int  # 0 if the values lie in an extent
-    follows: bool = False  # an Encode chunk after a Scan of the same elements
+    repeats: bool = False  # an Encode chunk that takes the bytes of a Scan chunk over the same elements
+    first: int = 0  # of Fused, Scan and Encode chunks: the first element
+    count: int = 0  # and how many
     start: int = 0  # the cursor where it starts
     at: int = 0  # its offset in the window
 
@@ -231,9 +237,11 @@ def cut(descriptor):
             copy(index, stream, item.rows * item.k * size, item.extent is not None)
             continue
         for kind, first, count in value_runs(item, spec):
-            follows = kind == ENCODE and not item.scales
+            repeats = kind == ENCODE and not item.scales and not item.encoded
             taken = 0 if item.extent else count * size
-            chunks.append(Chunk(index, stream, kind, first * size, taken, follows))
+            if item.encoded:
+                _, taken = parts(item, spec, kind, first, count)
+            chunks.append(Chunk(index, stream, kind, first * size, taken, repeats, first, count))
     return chunks
 
 
@@ -241,14 +249,14 @@ def place(chunks, descriptor_bytes, window, wanted=0):
     """Give every chunk its place; the ring's bytes if the list is streamed, None if it is resident."""
     base = ceil64(descriptor_bytes)
     ring = (window - base) // 64 * 64
-    resident = sum(ceil64(chunk.bytes) for chunk in chunks if not chunk.follows) <= ring
+    resident = sum(ceil64(chunk.bytes) for chunk in chunks if not chunk.repeats) <= ring
     if not resident and wanted:
         ring = min(ring, wanted // 64 * 64)
     cursor, scanned = 0, {}
     for chunk in chunks:
         size = ceil64(chunk.bytes)
         key = (chunk.item, chunk.begin)
-        if resident and chunk.follows:
+        if resident and chunk.repeats:
             chunk.start = scanned[key]
         else:
             if not resident and size and cursor // ring != (cursor + size - 1) // ring:
@@ -259,3 +267,61 @@ def place(chunks, descriptor_bytes, window, wanted=0):
                 scanned[key] = chunk.start
         chunk.at = base + chunk.start % ring
     return None if resident else ring
+
+
+# ----------------------------------------------------------------------------------------------- 6. Findings
+
+HEADER = 128
+
+
+def touched(item, spec, first, count):
+    """The parameters of the domains that a run of elements belongs to."""
+    if spec.granularity == TENSOR:
+        return range(1)
+    if spec.granularity == DIMENSION:
+        return range(item.k)
+    group = item.k if spec.granularity == ROW else spec.group_size
+    groups = (item.k + group - 1) // group
+
+    def of(element):
+        return element // item.k * groups + element % item.k // group
+
+    return range(of(first), of(first + count - 1) + 1)
+
+
+def rows_touched(item, first, count):
+    """The rows that a run of elements lies in."""
+    return range(first // item.k, (first + count - 1) // item.k + 1)
+
+
+def code_bytes(item, spec, first, count):
+    """The bytes of the codes of a run of elements: a layer is packed flat, every other row for itself."""
+    codes_a_byte = 8 // BITS[spec.scheme] if spec.packing == LSB else 1
+    if item.role == LAYER:
+        return -(-count // codes_a_byte)
+    rows, end = rows_touched(item, first, count), first + count
+    inside = [min(end, (row + 1) * item.k) - max(first, row * item.k) for row in (rows[0], rows[-1])]
+    whole = -(-item.k // codes_a_byte)
+    ends = inside[: len(rows)]
+    return sum(-(-n // codes_a_byte) for n in ends) + (len(rows) - len(ends)) * whole
+
+
+def parts(item, spec, kind, first, count):
+    """Where a chunk's parts lie, `{name: (offset, bytes)}`, and the chunk's bytes."""
+    parameters = len(touched(item, spec, first, count))
+    sizes = {"header": HEADER}
+    if kind in (FUSED, ENCODE):
+        sizes["codes"] = code_bytes(item, spec, first, count)
+    if kind == FUSED:
+        sizes["scales"] = 4 * parameters
+        if spec.mapping == ASYMMETRIC:
+            sizes["zero_points"] = parameters
+    if kind == SCAN:
+        sizes["ranges"] = 8 * parameters
+    elif item.role in (VECTOR, PLAIN) and spec.on_nonfinite == NULL:
+        sizes["dropped"] = -(-len(rows_touched(item, first, count)) // 8)
+    places, end = {}, 0
+    for name, size in sizes.items():
+        places[name] = (end, size)
+        end = (end + size + 7) // 8 * 8
+    return places, end

@@ -39,7 +39,7 @@ def same(q, data, private, nbytes, **options):
     """Nothing of `data` is copied, and its result is that of `private`."""
     one, other = q.quantize(data, **options), q.quantize(private, **options)
     assert crossed(one) == (0, nbytes)
-    assert other.bytes_shared == 0 and other.bytes_copied >= nbytes
+    assert other.bytes_shared == 0 and other.bytes_copied > 0
     assert one.table.equals(other.table, check_metadata=True)
     for key, stats in one.stats.items():
         assert stats.bytes_copied == 0 and stats[:9] == other.stats[key][:9]
@@ -88,15 +88,12 @@ def test_slices_tables_and_state_dicts_are_recognised(q):
 def test_only_private_memory_is_copied(q):
     x = shared(q, X)
     r = q.quantize({"a": x, "b": X, "c": x[:, :32], "d": x[::2]})
-    strided = X[:, :32].nbytes + X[::2].nbytes
-    assert crossed(r) == (X.nbytes + strided, X.nbytes)
-    ways = {name: (stats.bytes_copied, stats.bytes_shared) for name, stats in r.stats.items()}
-    assert ways == {
-        "a": (0, X.nbytes),
-        "b": (X.nbytes, 0),
-        "c": (X[:, :32].nbytes, 0),
-        "d": (X[::2].nbytes, 0),
-    }
+    assert crossed(r) == (sum(stats.bytes_copied for stats in r.stats.values()), X.nbytes)
+    assert (r.stats["a"].bytes_copied, r.stats["a"].bytes_shared) == (0, X.nbytes)
+    for name, values in {"b": X, "c": X[:, :32], "d": X[::2]}.items():
+        # This process encodes them: int8 codes and scales cross, not the values.
+        assert values.size < r.stats[name].bytes_copied < values.nbytes
+        assert r.stats[name].bytes_shared == 0
     assert r.table.equals(q.quantize({"a": X, "b": X, "c": X[:, :32], "d": X[::2]}).table)
     # A table of several windows, its private column streamed beside the others.
     big = np.tile(X, (20, 1))
@@ -104,7 +101,7 @@ def test_only_private_memory_is_copied(q):
     place = shared(q, big)
     mixed = pa.table({"a": vectors(place), "b": vectors(big), "c": vectors(place)})
     r = q.quantize(mixed, scheme="uint8", granularity="tensor")
-    assert r.bytes_shared == 2 * big.nbytes and r.bytes_copied >= big.nbytes
+    assert r.bytes_shared == 2 * big.nbytes and big.size < r.bytes_copied < big.nbytes
     codes = [r.codes(name) for name in names]
     assert all(np.array_equal(codes[0], other) for other in codes[1:])
     # Nulls have to become zeros.
@@ -296,9 +293,9 @@ x[:] = np.arange(64_000, dtype="f4").reshape(x.shape)
 expected = q.quantize(x).codes("vector").copy()
 child = os.fork()
 if child == 0:
-    # The child has the array, but its session does not know the memory: it is copied.
+    # The child has the array, but its session does not know the memory: what crosses is copied.
     r = q.quantize(x)
-    fine = r.bytes_shared == 0 and r.bytes_copied == x.nbytes and (r.codes("vector") == expected).all()
+    fine = r.bytes_shared == 0 and r.bytes_copied > x.size and (r.codes("vector") == expected).all()
     x[0, 0] = -1.0
     own = q.empty((10, 64))
     own[:] = 1.0
@@ -332,7 +329,7 @@ def test_after_a_restart_it_is_private_memory(tmp_path):
     second = Daemon(address)
     try:
         r = q.quantize(x)
-        assert crossed(r) == (X.nbytes, 0) and r.table.equals(before.table)
+        assert r.bytes_shared == 0 and r.bytes_copied > X.size and r.table.equals(before.table)
         assert np.array_equal(x, X)
         assert crossed(q.quantize(shared(q, X))) == (0, X.nbytes)
     finally:

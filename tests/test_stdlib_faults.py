@@ -18,7 +18,8 @@ import make_vectors
 import stdlib_descriptor as d
 import stdlib_messages as m
 from stdlib_client import Connection, Session
-from stdlib_oracle import INT8_ROWS, WINDOW, closed, column_of, error_of, numbers, put
+from stdlib_findings import findings
+from stdlib_oracle import INT8_ROWS, WINDOW, closed, column_of, error_of, f32, numbers, put
 
 
 def test_a_nan_is_named(lane):
@@ -215,6 +216,263 @@ def test_a_descriptor_has_limits(lane):
     assert error.code == "LIMIT"
     assert error_of(lane.call, "QUANTIZE", descriptor=2**63, timeout=m.NO_TIMEOUT).code == "LIMIT"
     assert error_of(lane.call, "QUANTIZE", descriptor=0, timeout=m.NO_TIMEOUT).code == "PROTOCOL"
+
+
+# Findings.
+
+
+def rows_of(spec=INT8_ROWS, **more):
+    """Thirty vectors of sixteen, encoded by the client."""
+    return column_of(30, 16, spec, encoded=True, **more)
+
+
+def changed(descriptor, change, at=0):
+    """Findings nobody can object to but those of one chunk: fields of its header, or the end of a part."""
+    (item,) = descriptor.items
+    spec = descriptor.specs[item.spec]
+    chosen = d.cut(descriptor)[at]
+
+    def of(chunk):
+        places, _ = d.parts(item, spec, chunk.kind, chunk.first, chunk.count)
+        header, given = {}, {}
+        if chunk.kind == d.FUSED:
+            given["scales"] = struct.pack("<f", 1.0) * (places["scales"][1] // 4)
+        if (chunk.kind, chunk.first) == (chosen.kind, chosen.first):
+            for name, value in change.items():
+                if isinstance(value, bytes):
+                    _, size = places[name]
+                    given[name] = given.get(name, bytes(size))[: size - len(value)] + value
+                else:
+                    header[name] = value
+        return findings(item, spec, chunk, header, **given)
+
+    return of
+
+
+N = 30 * 16
+UINT4_ROWS = d.Spec(d.UINT4, d.ASYMMETRIC, packing=d.LSB)
+SATURATED = d.Spec(d.INT8, on_nonfinite=d.SATURATE)
+FAULT = {"fault": 1, "index": 5, "count": 1, "value": math.nan}
+LIES = {
+    "more values": (rows_of(), {"n": N + 1}),
+    "very many values": (rows_of(), {"n": 2**64 - 1}),
+    "more clipped ones": (rows_of(), {"n_clipped": N + 1}),
+    "more that are not finite": (rows_of(SATURATED), {"n_nonfinite": N + 1}),
+    "more degenerate domains": (rows_of(), {"n_degenerate_groups": N + 1}),
+    "a fault that nobody has": (rows_of(), {**FAULT, "fault": 4}),
+    "a fault of a large number": (rows_of(), {**FAULT, "fault": 2**63}),
+    "a fault after the chunk": (rows_of(), {**FAULT, "index": N}),
+    "a fault far after the chunk": (rows_of(), {**FAULT, "index": 2**64 - 1}),
+    "no values at fault": (rows_of(), {**FAULT, "count": 0}),
+    "more values at fault": (rows_of(), {**FAULT, "count": N + 1}),
+    "scale 0": (rows_of(), {"scales": struct.pack("<f", 0)}),
+    "scale -0": (rows_of(), {"scales": struct.pack("<f", -0.0)}),
+    "a negative scale": (rows_of(), {"scales": struct.pack("<f", -1)}),
+    "scale NaN": (rows_of(), {"scales": struct.pack("<f", math.nan)}),
+    "scale infinity": (rows_of(), {"scales": struct.pack("<f", math.inf)}),
+    "zero point 16 of uint4": (rows_of(UINT4_ROWS), {"zero_points": b"\x10"}),
+    "zero point 255 of uint4": (rows_of(UINT4_ROWS), {"zero_points": b"\xff"}),
+}
+TENSOR = d.Spec(d.INT8, granularity=d.TENSOR)
+TWO_CHUNKS = column_of(600, 512, TENSOR, encoded=True)
+RANGES = {
+    "NaN": (math.nan, 1),
+    "to NaN": (-1, math.nan),
+    "infinity": (-1, math.inf),
+    "from infinity": (-math.inf, 1),
+    "a min above 0": (0.5, 1),
+    "a max below 0": (-1, -0.5),
+    "the wrong way": (1, -1),
+}
+LIES |= {
+    f"a range: {what}": (TWO_CHUNKS, {"ranges": struct.pack("<2f", *ends)}) for what, ends in RANGES.items()
+}
+METRICS = rows_of()
+METRICS.flags = d.METRICS
+LIES["sums of more values"] = (METRICS, {"sums_n": N + 1})
+LIES["more values in the first pass"] = (TWO_CHUNKS, {"n": 600 * 512, "at": 1})
+# The fault is in the item, but before the chunk.
+LIES["a fault before the chunk"] = (TWO_CHUNKS, {**FAULT, "at": 1})
+LIES["more clipped ones in the second pass"] = (TWO_CHUNKS, {"n_clipped": 600 * 512, "at": 3})
+
+
+@pytest.mark.parametrize("what", LIES)
+def test_findings_that_cannot_be(address, session, lane, what):
+    descriptor, change = LIES[what]
+    change = dict(change)
+    at = change.pop("at", 0)
+    neighbour = Session(address)
+    other = neighbour.lane(WINDOW)
+    request = other.ask("QUANTIZE", ready=0, **put(other, column_of(2, 16, INT8_ROWS), numbers(32).tobytes()))
+    error = error_of(lane.quantize, descriptor, [[changed(descriptor, change, at)]])
+    assert error.code == "PROTOCOL" and error.message
+    closed(lane)
+    session.ping()
+    # A request of someone else that was running goes on, and the daemon takes another lane.
+    other.send("WROTE", request, chunks=1)
+    assert other.answer(request)[0]["report"] == 80
+    again = session.lane(WINDOW)
+    again.quantize(descriptor, [[changed(descriptor, {})]])
+    again.close()
+    neighbour.bye()
+
+
+EIGHTH = d.Spec(d.UINT4, d.ASYMMETRIC, d.GROUP, packing=d.LSB, group_size=4)
+SHORT_LAST = d.Spec(d.UINT4, d.ASYMMETRIC, d.GROUP, packing=d.LSB, group_size=8)
+PLACED = {"extent": {"segment": 1, "generation": 1, "offset": 0, "length": 1 << 20}}
+
+
+def layer_of(spec, rows=4, k=16, **more):
+    """A table of one layer."""
+    item = d.Item(d.LAYER, "layer", rows, k, encoded=True, **more)
+    return d.Descriptor(d.LAYERS, [spec], 1, [item])
+
+
+@pytest.mark.parametrize(
+    "descriptor",
+    [
+        column_of(4, 16, EIGHTH, encoded=True),
+        column_of(4, 17, SHORT_LAST, encoded=True),
+        column_of(4, 7, INT8_ROWS, encoded=True),
+        column_of(1, 65_537, d.Spec(d.INT8, granularity=d.DIMENSION), encoded=True),
+        column_of(0, 16, INT8_ROWS, encoded=True),
+        column_of(4, 0, INT8_ROWS, encoded=True),
+        layer_of(d.Spec(d.AS_IS)),
+        layer_of(INT8_ROWS, 0, 0, null=True),
+        layer_of(INT8_ROWS, 4, 0, shape=[4, 0]),
+    ],
+    ids=[
+        "groups of 4",
+        "groups of 8, a short last one",
+        "rows of 7",
+        "too many dimensions",
+        "no rows",
+        "no elements",
+        "scheme 0",
+        "null layer",
+        "empty layer",
+    ],
+)
+def test_what_a_client_cannot_encode(lane, descriptor):
+    error = error_of(lane.call, "QUANTIZE", ready=0, **put(lane, descriptor))
+    assert error.code == "INVALID_INPUT" and error.message
+    lane.quantize(column_of(2, 16, INT8_ROWS), [[numbers(32)]])
+
+
+def test_values_are_encoded_or_in_an_extent_but_not_both(session, lane):
+    fields = put(lane, rows_of(**PLACED))
+    assert error_of(lane.call, "QUANTIZE", ready=0, **fields).code == "PROTOCOL"
+    closed(lane)
+    session.ping()
+
+
+def fields_of(error):
+    """Everything that an error says."""
+    return {name: str(value) for name, value in vars(error).items()}
+
+
+def with_values(n, values, code="f"):
+    """Small numbers with a few others among them."""
+    out = numbers(n, code=code)
+    for index, value in values.items():
+        out[index] = value
+    return out
+
+
+HUGE = f32(3e38)
+# What is found, and the values that a daemon finds it in.
+FAULTS = {
+    "not finite": (
+        (30, 16, INT8_ROWS, d.FLOAT32),
+        with_values(N, {117: math.inf, 121: math.nan, 320: -math.inf}),
+        {0: {"fault": 1, "index": 117, "count": 3, "value": math.inf}},
+    ),
+    "not finite in a second chunk": (
+        (600, 512, INT8_ROWS, d.FLOAT32),
+        with_values(600 * 512, {290_000: math.nan, 290_001: math.inf}),
+        {1: {"fault": 1, "index": 290_000, "count": 2, "value": math.nan}},
+    ),
+    "not finite in both passes": (
+        (600, 512, TENSOR, d.FLOAT32),
+        with_values(600 * 512, {290_000: math.inf, 290_001: math.inf}),
+        {1: {"fault": 1, "index": 290_000, "count": 2, "value": math.inf}},
+    ),
+    "a double too large": (
+        (30, 16, INT8_ROWS, d.FLOAT64),
+        with_values(N, {117: 1e300}, "d"),
+        {0: {"fault": 2, "index": 117, "value": 1e300}},
+    ),
+    "a range": (
+        (30, 16, d.Spec(d.INT8, d.ASYMMETRIC), d.FLOAT32),
+        with_values(N, {117: -HUGE, 121: HUGE}),
+        {0: {"fault": 3, "index": 112, "value": -HUGE, "max": HUGE}},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_fault_that_a_client_finds_reads_like_the_daemons_own(lane, what):
+    (rows, k, spec, dtype), values, found = FAULTS[what]
+    theirs = error_of(lane.quantize, column_of(rows, k, spec, dtype=dtype), [[values]])
+    descriptor = column_of(rows, k, spec, dtype=dtype, encoded=True)
+    ((at, header),) = found.items()
+    ours = error_of(lane.quantize, descriptor, [[changed(descriptor, header, at)]])
+    assert ours.code == "INVALID_INPUT"
+    assert fields_of(ours) == fields_of(theirs)
+    # The lane goes on.
+    lane.quantize(column_of(2, 16, INT8_ROWS), [[numbers(32)]])
+
+
+def test_faults_of_several_chunks_are_counted_together(lane):
+    values = with_values(600 * 512, {1000: math.nan, 290_000: math.inf, 290_001: math.nan})
+    theirs = error_of(lane.quantize, column_of(600, 512, INT8_ROWS), [[values]])
+    descriptor = column_of(600, 512, INT8_ROWS, encoded=True)
+    first = changed(descriptor, {"fault": 1, "index": 1000, "count": 1, "value": math.nan})
+    second = changed(descriptor, {"fault": 1, "index": 290_000, "count": 2, "value": math.inf}, 1)
+    ours = error_of(lane.quantize, descriptor, [[lambda chunk: (second if chunk.first else first)(chunk)]])
+    assert (ours.row, ours.index) == (1, 488)
+    assert fields_of(ours) == fields_of(theirs)
+
+
+def test_a_range_that_overflows_only_when_merged(lane):
+    spec = d.Spec(d.INT8, d.ASYMMETRIC, d.TENSOR)
+    values = with_values(600 * 512, {1000: -HUGE, 290_000: HUGE})
+    theirs = error_of(lane.quantize, column_of(600, 512, spec), [[values]])
+    descriptor = column_of(600, 512, spec, encoded=True)
+    first = changed(descriptor, {"ranges": struct.pack("<2f", -HUGE, 0)})
+    second = changed(descriptor, {"ranges": struct.pack("<2f", 0, HUGE)}, 1)
+    ours = error_of(lane.quantize, descriptor, [[lambda chunk: (second if chunk.first else first)(chunk)]])
+    assert ours.code == "INVALID_INPUT"
+    assert fields_of(ours) == fields_of(theirs)
+
+
+@pytest.mark.parametrize("go_on", [False, True])
+def test_a_faulty_layer_that_a_client_encodes(lane, go_on):
+    values = [numbers(160), with_values(160, {37: math.nan, 38: math.inf}), numbers(160)]
+
+    def describe(encoded):
+        items = [
+            d.Item(d.LAYER, name, 10, 16, shape=[10, 16], encoded=encoded and name == "bad")
+            for name in ("first", "bad", "last")
+        ]
+        return d.Descriptor(d.LAYERS, [INT8_ROWS], 3, items, flags=d.CONTINUE_ON_ERROR if go_on else 0)
+
+    descriptor = describe(True)
+    header = {"fault": 1, "index": 37, "count": 2, "value": math.nan}
+
+    def bad(chunk):
+        return findings(descriptor.items[1], INT8_ROWS, chunk, header)
+
+    streamed, encoded = [[each] for each in values], [[values[0]], [bad], [values[2]]]
+    if go_on:
+        _, theirs, told = lane.quantize(describe(False), streamed)
+        _, ours, said = lane.quantize(descriptor, encoded)
+        assert bytes(ours) == bytes(theirs) and str(said) == str(told)
+    else:
+        theirs = error_of(lane.quantize, describe(False), streamed)
+        ours = error_of(lane.quantize, descriptor, encoded)
+        assert (ours.code, ours.column, ours.row, ours.index) == ("INVALID_INPUT", "bad", 1, 37)
+        assert fields_of(ours) == fields_of(theirs)
 
 
 def test_a_session_ends_with_its_primary(session, lane):

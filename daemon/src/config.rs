@@ -57,7 +57,7 @@ impl Default for Config {
             backing: Backing::Memfd,
             budget: None,
             workers: std::thread::available_parallelism().map_or(1, usize::from),
-            window: 16 << 20,
+            window: 8 << 20,
             max_window: 256 << 20,
             max_lanes: 64,
             max_sessions: 1024,

@@ -10,9 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
+use shmquant_kernels::NoFlushing;
 use shmquant_protocol::failpoint::failpoint;
-
-use crate::fpu;
 
 /// Chunked work. `run` never panics; faults are kept inside until `complete`.
 pub trait Work: Send + Sync {
@@ -244,7 +243,7 @@ impl Shared {
     }
 
     fn worker(&self) {
-        fpu::no_flushing();
+        let _exact = NoFlushing::new();
         let mut queue = self.lock();
         while !self.stopped.load(Ordering::Acquire) {
             let started = queue.start_next();

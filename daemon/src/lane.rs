@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
+use shmquant_kernels::NoFlushing;
 use shmquant_protocol::chunks::MIN_WINDOW;
 use shmquant_protocol::failpoint::failpoint;
 use shmquant_protocol::message::{ErrorCode, Message, NO_TIMEOUT};
@@ -15,7 +16,6 @@ use shmquant_protocol::segment::Kind;
 use shmquant_protocol::socket::Connection;
 
 use crate::error::Trouble;
-use crate::fpu;
 use crate::growth::{Wanted, obtain};
 use crate::hub::Hub;
 use crate::inputs::{self, Asked};
@@ -93,7 +93,7 @@ pub(crate) fn serve(
     let joined = Message::Joined { lane: lane.id, segment: window.id, generation: 1, size: window.size };
     port.send(request, &joined, Some(&window.memory))?;
     failpoint("daemon.joined");
-    fpu::no_flushing();
+    let _exact = NoFlushing::new();
     let mut kept = quantize::Kept::default();
     loop {
         let (request, message) = port.recv(Some(hub))?;

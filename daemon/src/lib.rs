@@ -14,7 +14,6 @@ mod daemon;
 mod ending;
 pub mod engine;
 mod error;
-mod fpu;
 mod growth;
 mod headroom;
 mod hub;

@@ -159,11 +159,11 @@ fn copy_descriptor(window: &Window, bytes: u64, scratch: &mut Vec<u8>) -> Result
 
 /// What a named request asks for, wherever its values lie.
 fn fingerprint(digest: [u8; 16], descriptor: &Descriptor, bytes: &[u8]) -> Result<Fingerprint, Trouble> {
-    if descriptor.places().next().is_none() {
+    if descriptor.is_streamed() {
         return Ok(Fingerprint::new(digest, bytes));
     }
     let mut streamed = Vec::with_capacity(bytes.len());
-    let encoded = descriptor.without_places().encode(&mut streamed);
+    let encoded = descriptor.streamed().encode(&mut streamed);
     encoded.map_err(|(name, _)| refuse(ErrorCode::Unsupported, &name, "cannot be published"))?;
     Ok(Fingerprint::new(digest, &streamed))
 }

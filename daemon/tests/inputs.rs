@@ -119,7 +119,8 @@ fn assert_same(session: &Session, placed: &Table, private: &Table, shared: u64, 
     assert_eq!(one.bytes_shared, shared, "{what}");
     assert_eq!(one.bytes_copied == 0, shared == placed.input_bytes(), "{what}: {}", one.bytes_copied);
     assert_eq!(other.bytes_shared, 0, "{what}");
-    assert!(other.bytes_copied >= private.input_bytes(), "{what}");
+    // Codes and parameters cross, or the values themselves.
+    assert!(other.bytes_copied > 0 || private.input_bytes() == 0, "{what}");
     let after = stat(session);
     let grown = |key: &str| after[key].as_u64().unwrap() - before[key].as_u64().unwrap();
     assert_eq!(grown("bytes_shared"), shared, "{what}");
@@ -378,7 +379,8 @@ fn memory_of_another_session_or_daemon_is_copied() {
     drop(before);
     // The first call may find the old connection's end.
     let again = (0..100).find_map(|_| session.quantize(&same(), &Options::default()).ok()).unwrap();
-    assert_eq!((again.bytes_copied, again.bytes_shared), (bytes.len() as u64, 0));
+    assert_eq!(again.bytes_shared, 0);
+    assert!(again.bytes_copied > 0);
     assert!(again.held.as_slice() == first.held.as_slice());
     // SAFETY: inside; nobody writes there now.
     assert_eq!(values.as_slice(), bytes, "it is still this process's memory");

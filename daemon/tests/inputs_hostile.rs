@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use raw::{Client, Lane, Table, daemon, released, rows_of, table};
 use shmquant_kernels::{Granularity, Scheme};
 use shmquant_protocol::chunks::MIN_WINDOW;
-use shmquant_protocol::descriptor::{Body, Place, Values};
+use shmquant_protocol::descriptor::{Body, Place, Values, Way};
 use shmquant_protocol::message::{ErrorCode, Extent, Failure, Lease, Message, NO_TIMEOUT, Purpose, Target};
 use shmquant_protocol::segment::{Backing, Mapping, SegmentError};
 
@@ -59,7 +59,7 @@ fn values(table: &mut Table, item: usize) -> &mut Values {
 }
 
 fn placed(mut table: Table, item: usize, extent: Extent) -> Table {
-    values(&mut table, item).place = Some(Place { extent, offset: 0 });
+    values(&mut table, item).way = Way::Placed(Place { extent, offset: 0 });
     table
 }
 
@@ -153,10 +153,10 @@ fn extents_that_are_not_the_clients_or_not_there() {
         );
     }
     let invalid: [&dyn Fn(&mut Values); 7] = [
-        &|v| v.place = Some(Place { extent: mine, offset: 4 }),
-        &|v| v.place = Some(Place { extent: mine, offset: u64::MAX - 3 }),
-        &|v| v.place = Some(Place { extent: mine, offset: mine.length }),
-        &|v| v.place = Some(Place { extent: Extent { length: mine.length - 1, ..mine }, offset: 0 }),
+        &|v| v.way = Way::Placed(Place { extent: mine, offset: 4 }),
+        &|v| v.way = Way::Placed(Place { extent: mine, offset: u64::MAX - 3 }),
+        &|v| v.way = Way::Placed(Place { extent: mine, offset: mine.length }),
+        &|v| v.way = Way::Placed(Place { extent: Extent { length: mine.length - 1, ..mine }, offset: 0 }),
         &|v| (v.rows, v.shape) = (63, vec![63, 256]),
         &|v| (v.rows, v.k, v.shape) = (0, 256, vec![0, 256]),
         &|v| (v.null, v.rows, v.k, v.shape) = (true, 0, 0, vec![]),
@@ -165,7 +165,7 @@ fn extents_that_are_not_the_clients_or_not_there() {
         let mut table = placed(rows(64), 0, mine);
         if i == 4 {
             // Fewer rows in the same place, but not aligned.
-            values(&mut table, 0).place = Some(Place { extent: mine, offset: 2 });
+            values(&mut table, 0).way = Way::Placed(Place { extent: mine, offset: 2 });
         }
         change(values(&mut table, 0));
         let error = lane.quantize(&table).unwrap_err();
@@ -177,11 +177,11 @@ fn extents_that_are_not_the_clients_or_not_there() {
     }
     // One good extent beside a bad one: the good one is let go.
     let mut two = table(Scheme::Int8, Granularity::Row, &[(64, 256), (64, 256)]);
-    values(&mut two, 0).place = Some(Place { extent: mine, offset: 0 });
-    values(&mut two, 1).place = Some(Place { extent: theirs, offset: 0 });
+    values(&mut two, 0).way = Way::Placed(Place { extent: mine, offset: 0 });
+    values(&mut two, 1).way = Way::Placed(Place { extent: theirs, offset: 0 });
     assert_eq!(lane.quantize(&two).unwrap_err().code, ErrorCode::Gone);
     // Twice the same, overlapping: they are only read.
-    values(&mut two, 1).place = Some(Place { extent: mine, offset: 0 });
+    values(&mut two, 1).way = Way::Placed(Place { extent: mine, offset: 0 });
     assert!(lane.quantize(&two).is_ok());
     // What clients write is nothing to publish or to pass on.
     for message in
@@ -215,7 +215,7 @@ fn a_result_can_be_a_source_and_is_only_read() {
     // Whatever is in it: these are floats of some value.
     let mut table = placed(rows(1), 0, lease.extent);
     table.descriptor.specs[0].on_nonfinite = shmquant_kernels::OnNonFinite::Saturate;
-    values(&mut table, 0).place = Some(Place { extent: lease.extent, offset: 64 });
+    values(&mut table, 0).way = Way::Placed(Place { extent: lease.extent, offset: 64 });
     let (other, _) = lane.quantize(&table).unwrap();
     assert_ne!(other.extent.segment, lease.extent.segment);
     assert_eq!(bytes_of(&lane, &lease), before);

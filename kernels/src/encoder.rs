@@ -110,7 +110,7 @@ impl<'a> Encoder<'a> {
         let in_place = part.bit.is_multiple_of(8) && (stride.is_multiple_of(8) || count == 1);
         let stored = if in_place { self.stored } else { 8 };
         let most = if in_place { BATCH } else { BLOCK / len };
-        let stream = in_place && self.source.values.len() >= STREAM_FROM;
+        let stream = in_place && kernels.streams && self.source.values.len() >= STREAM_FROM;
         // Small at first: where the path stops early, little was prepared in vain.
         let mut batch = 16;
         let mut done = 0;
@@ -285,7 +285,7 @@ impl<'a> Encoder<'a> {
             zero_points: &params.zero_points[from..from + n],
             affine: self.affine,
             stored,
-            stream: in_place && self.source.values.len() >= STREAM_FROM,
+            stream: in_place && kernels.streams && self.source.values.len() >= STREAM_FROM,
         });
         let Some(clipped) = clipped else { return false };
         if !in_place {

@@ -12,6 +12,7 @@
 mod dequantize;
 mod encoder;
 mod fault;
+mod fpu;
 mod layout;
 mod metrics;
 mod packing;
@@ -23,6 +24,7 @@ mod values;
 
 pub use dequantize::decode;
 pub use fault::{Counters, Fault, OnNonFinite};
+pub use fpu::NoFlushing;
 pub use layout::{Granularity, Layout, Sizes};
 pub use metrics::{Sums, measure};
 pub use packing::{pack, packed_len, unpack};

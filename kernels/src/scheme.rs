@@ -351,6 +351,16 @@ impl ZeroPointsMut<'_> {
         }
     }
 
+    /// The same zero points once more, for a call that takes them by value.
+    pub fn reborrow(&mut self) -> ZeroPointsMut<'_> {
+        match self {
+            Self::None => ZeroPointsMut::None,
+            Self::I8(z) => ZeroPointsMut::I8(z),
+            Self::U8(z) => ZeroPointsMut::U8(z),
+            Self::F32(z) => ZeroPointsMut::F32(z),
+        }
+    }
+
     /// The same zero points, to read.
     pub fn as_ref(&self) -> ZeroPoints<'_> {
         match self {

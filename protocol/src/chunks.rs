@@ -2,8 +2,9 @@
 
 use shmquant_kernels::Granularity;
 
-use crate::descriptor::{Body, Descriptor, Role, Spec, Values};
+use crate::descriptor::{Body, Descriptor, Role, Spec, Values, Way};
 use crate::field::NodeData;
+use crate::findings::Parts;
 
 /// Most bytes of a chunk.
 pub const CHUNK_BYTES: u64 = 1 << 20;
@@ -44,6 +45,8 @@ pub struct Chunk {
     pub count: u64,
     /// Bytes in the window: 0 where the values lie in an extent.
     pub bytes: u64,
+    /// Bytes of values that are worked on, or that are copied.
+    pub work: u64,
     /// Where it lies, from the window's start.
     pub at: u64,
     /// Ring cursor at which it starts (streamed mode).
@@ -164,54 +167,103 @@ fn value_chunks(out: &mut Vec<Chunk>, item: u32, values: &Values, spec: &Spec) {
         return;
     }
     let size = values.dtype.size() as u64;
-    let streamed = |bytes| if values.place.is_some() { 0 } else { bytes };
-    let Some(_) = spec.affine else {
+    let Some(affine) = &spec.affine else {
         let first = out.len();
         copy_chunks(out, item, 0, values.bytes());
-        out[first..].iter_mut().for_each(|chunk| chunk.bytes = streamed(chunk.bytes));
+        if values.place().is_some() {
+            out[first..].iter_mut().for_each(|chunk| chunk.bytes = 0);
+        }
         return;
     };
-    let most = CHUNK_BYTES / size;
-    let (rows, k) = (values.rows, values.k);
-    let aligned = values.role != Role::Layer || k % 8 == 0 || rows == 1;
-    let whole_rows = k.saturating_mul(8) <= most || (aligned && k <= most);
-    let row_run = whole_rows.then(|| {
-        let n = most / k;
-        k * if aligned { n } else { n / 8 * 8 }
-    });
+    let cut = Cut::of(values);
     let mut push = |action, shared, first, count| {
-        let bytes = streamed(count * size);
-        out.push(Chunk { item, action, first, count, bytes, at: 0, start: 0, shared });
+        let work = count * size;
+        let bytes = match values.way {
+            Way::Streamed => work,
+            Way::Encoded => Parts::new(values, spec, affine, action, first, count).bytes as u64,
+            Way::Placed(_) => 0,
+        };
+        out.push(Chunk { item, action, first, count, bytes, work, at: 0, start: 0, shared });
     };
-    if values.params.is_none() {
-        let group = u64::from(spec.group_size);
-        match spec.granularity {
-            Granularity::Tensor | Granularity::Dimension if elements <= most => {
-                return push(Action::Fused, false, 0, elements);
-            }
-            Granularity::Row | Granularity::Group if whole_rows => {
-                let run = row_run.unwrap_or(elements);
-                return runs(elements, run, |first, count| push(Action::Fused, false, first, count));
-            }
-            Granularity::Group if aligned && group.saturating_mul(8) <= most => {
-                let run = 8 * group * (most / (8 * group));
-                return runs_in_rows(rows, k, run, |first, count| push(Action::Fused, false, first, count));
-            }
-            _ => {}
+    match cut.fused(values, spec) {
+        Some(Runs::Flat(run)) => {
+            return runs(elements, run, |first, count| push(Action::Fused, false, first, count));
         }
+        Some(Runs::InRows(run)) => {
+            return runs_in_rows(values.rows, values.k, run, |first, count| {
+                push(Action::Fused, false, first, count)
+            });
+        }
+        None => {}
     }
     let mut pass = |action, shared| {
         let each = |first, count| push(action, shared, first, count);
-        match (values.role, row_run) {
-            (Role::Layer, _) => runs(elements, most, each),
+        match (values.role, cut.rows) {
+            (Role::Layer, _) => runs(elements, cut.most, each),
             (_, Some(run)) => runs(elements, run, each),
-            (_, None) => runs_in_rows(rows, k, most, each),
+            (_, None) => runs_in_rows(values.rows, values.k, cut.most, each),
         }
     };
     if values.params.is_none() {
         pass(Action::Scan, false);
     }
-    pass(Action::Encode, values.params.is_none());
+    // Values that cross are still there from the first pass, if they all fit the window.
+    pass(Action::Encode, values.params.is_none() && values.way != Way::Encoded);
+}
+
+/// Whether values are read twice, since their ranges are known only at the end.
+pub fn is_scanned(values: &Values, spec: &Spec) -> bool {
+    let empty = spec.affine.is_none() || values.elements() == 0;
+    !empty && values.params.is_none() && Cut::of(values).fused(values, spec).is_none()
+}
+
+/// Where values may be cut.
+struct Cut {
+    /// Most elements of a chunk.
+    most: u64,
+    /// Every row of codes starts on a byte.
+    aligned: bool,
+    /// Elements of whole rows in a chunk, if they fit.
+    rows: Option<u64>,
+}
+
+enum Runs {
+    /// Over the flat order.
+    Flat(u64),
+    /// In each row.
+    InRows(u64),
+}
+
+impl Cut {
+    fn of(values: &Values) -> Self {
+        let most = CHUNK_BYTES / values.dtype.size() as u64;
+        let (rows, k) = (values.rows, values.k);
+        let aligned = values.role != Role::Layer || k % 8 == 0 || rows == 1;
+        let whole_rows = k.saturating_mul(8) <= most || (aligned && k <= most);
+        let rows = whole_rows.then(|| {
+            let n = most / k;
+            k * if aligned { n } else { n / 8 * 8 }
+        });
+        Self { most, aligned, rows }
+    }
+
+    /// How chunks that hold whole domains are cut; `None` if there are none such, or parameters are given.
+    fn fused(&self, values: &Values, spec: &Spec) -> Option<Runs> {
+        if values.params.is_some() {
+            return None;
+        }
+        let group = u64::from(spec.group_size);
+        match (spec.granularity, self.rows) {
+            (Granularity::Tensor | Granularity::Dimension, _) => {
+                (values.elements() <= self.most).then_some(Runs::Flat(self.most))
+            }
+            (Granularity::Row | Granularity::Group, Some(run)) => Some(Runs::Flat(run)),
+            (Granularity::Group, None) if self.aligned && group.saturating_mul(8) <= self.most => {
+                Some(Runs::InRows(8 * group * (self.most / (8 * group))))
+            }
+            _ => None,
+        }
+    }
 }
 
 fn runs(total: u64, run: u64, mut each: impl FnMut(u64, u64)) {
@@ -232,7 +284,17 @@ fn runs_in_rows(rows: u64, k: u64, run: u64, mut each: impl FnMut(u64, u64)) {
 fn copy_chunks(out: &mut Vec<Chunk>, item: u32, buffer: u32, bytes: u64) {
     runs(bytes, CHUNK_BYTES, |first, count| {
         let action = Action::Copy { buffer };
-        out.push(Chunk { item, action, first, count, bytes: count, at: 0, start: 0, shared: false });
+        out.push(Chunk {
+            item,
+            action,
+            first,
+            count,
+            bytes: count,
+            work: count,
+            at: 0,
+            start: 0,
+            shared: false,
+        });
     });
 }
 

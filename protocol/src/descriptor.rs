@@ -7,6 +7,7 @@ use crate::field::write_metadata;
 use crate::field::{
     NodeData, UnsupportedType, read_data, read_field, read_metadata, write_data, write_field,
 };
+use crate::findings;
 use crate::message::{Extent, read_extent, write_extent};
 use crate::wire::{Reader, WireError, Writer};
 
@@ -16,6 +17,7 @@ const CONTINUE_ON_ERROR: u8 = 2;
 const LARGE_NAMES: u8 = 4;
 const NULL_LAYER: u8 = 1;
 const EXTENT: u8 = 2;
+const ENCODED: u8 = 4;
 /// Largest product of sizes that is believed: keeps every later sum far from 2^63.
 const MAX_ELEMENTS: u64 = 1 << 46;
 
@@ -109,8 +111,19 @@ pub struct Values {
     pub shape: Vec<i64>,
     /// Parameters to use instead of those of the data.
     pub params: Option<Params>,
-    /// Where the values lie already, one after another; `None` if they cross through the window.
-    pub place: Option<Place>,
+    /// What of them comes to the daemon.
+    pub way: Way,
+}
+
+/// How the values of one item come to their codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// They cross through the window, and the daemon encodes them.
+    Streamed,
+    /// The client encodes them where they lie, and what it found crosses ([`findings`](crate::findings)).
+    Encoded,
+    /// The daemon encodes them where they lie, and nothing crosses.
+    Placed(Place),
 }
 
 /// Values in an extent that the session holds.
@@ -249,6 +262,23 @@ impl Values {
         self.elements() * self.dtype.size() as u64
     }
 
+    /// Where they lie, if the daemon has that memory.
+    pub fn place(&self) -> Option<Place> {
+        match self.way {
+            Way::Placed(place) => Some(place),
+            Way::Streamed | Way::Encoded => None,
+        }
+    }
+
+    /// What the kernels do with NaN and infinities.
+    pub fn policy(&self, spec: &Spec) -> OnNonFinite {
+        match spec.on_nonfinite {
+            // One such value takes the whole layer away, so there is nothing to leave out of its ranges.
+            OnNonFinite::Null if self.role == Role::Layer => OnNonFinite::Saturate,
+            other => other,
+        }
+    }
+
     fn check(&self, name: &str, spec: &Spec) -> Result<(), DescriptorError> {
         let fail = |what: String| Err(DescriptorError::Invalid { name: name.to_owned(), what });
         if self.rows.checked_mul(self.k).is_none_or(|n| n > MAX_ELEMENTS) {
@@ -283,7 +313,13 @@ impl Values {
                 ));
             }
         }
-        if let Some(place) = &self.place {
+        if self.way == Way::Encoded && !findings::fit(self, spec) {
+            return fail(
+                "this is nothing that a client encodes: there are no values, or too few for each parameter"
+                    .to_owned(),
+            );
+        }
+        if let Way::Placed(place) = &self.way {
             if self.null_count != 0 || self.elements() == 0 {
                 return fail("only values without nulls, and at least one, can lie in an extent".to_owned());
             }
@@ -394,18 +430,27 @@ impl Descriptor {
     /// The items whose values lie in extents, and where.
     pub fn places(&self) -> impl Iterator<Item = (usize, &Values, Place)> {
         self.items.iter().enumerate().filter_map(|(i, item)| match &item.body {
-            Body::Values(values) => values.place.map(|place| (i, values, place)),
+            Body::Values(values) => values.place().map(|place| (i, values, place)),
             Body::Keep { .. } => None,
         })
     }
 
-    /// The same request with all values to be streamed: what it asks for, wherever they lie.
+    /// Whether all values cross as they are.
+    pub fn is_streamed(&self) -> bool {
+        let streamed = |item: &Item| match &item.body {
+            Body::Values(values) => values.way == Way::Streamed,
+            Body::Keep { .. } => true,
+        };
+        self.items.iter().all(streamed)
+    }
+
+    /// The same request with all values to be streamed: what it asks for, wherever they lie and whoever encodes them.
     #[must_use]
-    pub fn without_places(&self) -> Self {
+    pub fn streamed(&self) -> Self {
         let mut it = self.clone();
         for item in &mut it.items {
             if let Body::Values(values) = &mut item.body {
-                values.place = None;
+                values.way = Way::Streamed;
             }
         }
         it
@@ -482,8 +527,12 @@ impl Values {
             FloatType::F64 => 4,
         };
         let null = if self.null { NULL_LAYER } else { 0 };
-        let in_extent = if self.place.is_some() { EXTENT } else { 0 };
-        w.u16(self.spec as u16).u8(dtype).u8(null | in_extent);
+        let way = match self.way {
+            Way::Streamed => 0,
+            Way::Encoded => ENCODED,
+            Way::Placed(_) => EXTENT,
+        };
+        w.u16(self.spec as u16).u8(dtype).u8(null | way);
         w.u64(self.rows).u64(self.k).u64(self.null_count).u8(self.shape.len() as u8);
         for d in &self.shape {
             w.i64(*d);
@@ -502,7 +551,7 @@ impl Values {
                 }
             }
         }
-        if let Some(place) = &self.place {
+        if let Way::Placed(place) = &self.way {
             write_extent(w, &place.extent);
             w.u64(place.offset);
         }
@@ -536,11 +585,13 @@ impl Values {
                 zero_points: (0..n).map(|_| r.i32("zero_point")).collect::<Result<_, _>>()?,
             }),
         };
-        let place = match flags & EXTENT {
-            0 => None,
-            _ => Some(Place { extent: read_extent(r)?, offset: r.u64("offset")? }),
+        let way = match flags & (EXTENT | ENCODED) {
+            0 => Way::Streamed,
+            ENCODED => Way::Encoded,
+            EXTENT => Way::Placed(Place { extent: read_extent(r)?, offset: r.u64("offset")? }),
+            _ => return Err(bad("flags", flags).into()),
         };
-        let values = Self { role, spec, dtype, null, rows, k, null_count, shape, params, place };
+        let values = Self { role, spec, dtype, null, rows, k, null_count, shape, params, way };
         values.check(name, its_spec)?;
         Ok(values)
     }

@@ -361,8 +361,17 @@ fn ranges(
         let count = run.min(elements - first);
         let bytes = count * size;
         let part = &mut scratch[..bytes as usize];
-        let chunk =
-            Chunk { item: index, action: Action::Scan, first, count, bytes, at: 0, start: 0, shared: false };
+        let chunk = Chunk {
+            item: index,
+            action: Action::Scan,
+            first,
+            count,
+            bytes,
+            work: bytes,
+            at: 0,
+            start: 0,
+            shared: false,
+        };
         table.fill(&chunk, part);
         let touched = layout.param_range(first, count);
         let touched = &mut ranges[touched.start as usize..touched.end as usize];

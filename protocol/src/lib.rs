@@ -9,6 +9,7 @@ pub mod descriptor;
 pub mod failpoint;
 pub mod field;
 pub mod files;
+pub mod findings;
 pub mod fit;
 pub mod message;
 pub mod meta;

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use shmquant_kernels::{Affine, FloatType, Granularity, OnNonFinite, Scheme};
 use shmquant_protocol::chunks::{Action, CHUNK_BYTES, Chunk, ChunkList, MIN_RING, MIN_WINDOW};
-use shmquant_protocol::descriptor::{Body, Descriptor, Item, Params, Role, Spec, TableKind, Values};
+use shmquant_protocol::descriptor::{Body, Descriptor, Item, Params, Role, Spec, TableKind, Values, Way};
 
 fn descriptor(items: Vec<(Role, FloatType, u64, u64, u64, Spec, bool)>) -> Descriptor {
     let rows = if items.iter().any(|i| i.0 == Role::Layer) { items.len() as u64 } else { items[0].2 };
@@ -24,7 +24,7 @@ fn descriptor(items: Vec<(Role, FloatType, u64, u64, u64, Spec, bool)>) -> Descr
             null_count,
             shape: vec![],
             params: None,
-            place: None,
+            way: Way::Streamed,
         };
         let n = values.layout(&spec).n_params() as usize;
         if given && n > 0 {

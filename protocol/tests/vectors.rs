@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use shmquant_kernels::{FloatType, Granularity, Mapping, OnNonFinite, Scheme};
 use shmquant_protocol::chunks::{Action, Chunk, ChunkList};
-use shmquant_protocol::descriptor::{Body, Descriptor, Item, Role, Spec, TableKind, Values};
+use shmquant_protocol::descriptor::{Body, Descriptor, Item, Role, Spec, TableKind, Values, Way};
 use shmquant_protocol::field::NodeData;
 use shmquant_protocol::message::{Extent, Lease, Message, Release, Target};
 
@@ -270,7 +270,8 @@ fn values_fields(name: &str, v: &Values) -> Value {
         "null_count": v.null_count, "shape": v.shape, "params_id": params.map_or(0, |p| p.id),
         "scales": params.map_or(&[][..], |p| &p.scales),
         "zero_points": params.map_or(&[][..], |p| &p.zero_points),
-        "extent": v.place.as_ref().map(|p| extent(&p.extent)), "offset": v.place.map_or(0, |p| p.offset)})
+        "extent": v.place().as_ref().map(|p| extent(&p.extent)), "offset": v.place().map_or(0, |p| p.offset),
+        "encoded": v.way == Way::Encoded})
 }
 
 /// A chunk as the vectors have it: what it takes from which stream, and where it lies.

@@ -79,6 +79,15 @@ impl Region {
         Some(())
     }
 
+    /// A private copy of bytes that their writer may still be changing; `None` where they are outside.
+    pub(super) fn read(&self, at: u64, out: &mut [u8]) -> Option<()> {
+        let from = self.pointer(at, out.len() as u64)?;
+        // SAFETY: inside the mapping; `out` is private memory. The bytes may change meanwhile: they are copied in one state or
+        // another, and no reference to them exists.
+        unsafe { std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len()) };
+        Some(())
+    }
+
     /// An Arrow buffer over all of it.
     pub(super) fn buffer(&self) -> Option<Buffer> {
         let pointer = NonNull::new(self.pointer(0, self.len as u64)?)?;

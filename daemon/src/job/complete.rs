@@ -16,7 +16,7 @@ use crate::plan::Table;
 pub struct Complete {
     /// Bytes of the file, from the extent's start.
     pub length: u64,
-    /// The report of PROTOCOL.md section 6: 80 bytes for each layer, vector and plain column.
+    /// The report of PROTOCOL.md section 7: 80 bytes for each layer, vector and plain column.
     pub report: Vec<u8>,
 }
 

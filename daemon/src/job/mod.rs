@@ -6,6 +6,7 @@ mod access;
 mod columns;
 mod complete;
 mod fault;
+mod findings;
 mod item;
 mod layers;
 mod outcome;
@@ -21,7 +22,7 @@ use std::sync::{Arc, OnceLock, PoisonError};
 use shmquant_kernels::{Affine, Counters, Fault, Range, Sums, Values, ZeroPoints, ZeroPointsMut};
 use shmquant_kernels::{encode, fused, measure, scan};
 use shmquant_protocol::chunks::{Action, Chunk};
-use shmquant_protocol::descriptor::Role;
+use shmquant_protocol::descriptor::{Params, Role, Way};
 use shmquant_protocol::message::Failure;
 
 pub use complete::Complete;
@@ -54,6 +55,19 @@ struct Slot {
     found: OnceLock<Result<Found, Stopped>>,
 }
 
+/// The parameters of an Encode chunk.
+enum Second<'a> {
+    Given(&'a Params),
+    Own {
+        scales: &'a [f32],
+        zeros: &'a [i32],
+    },
+    /// At their final place.
+    InPlace,
+    /// There are none, which is reported elsewhere.
+    Faulty,
+}
+
 /// What a chunk counted.
 #[derive(Debug, Clone, Copy, Default)]
 struct Found {
@@ -68,6 +82,8 @@ enum Stopped {
     Fault(Fault),
     /// Ours.
     Broken(&'static str),
+    /// The client's: what it says it found cannot be.
+    Violation(&'static str),
 }
 
 impl From<Fault> for Stopped {
@@ -145,20 +161,25 @@ impl Job {
         let chunk = self.plan.chunks().chunks[index];
         let item = chunk.item as usize;
         let target = self.plan.target(item).ok_or(Stopped::Broken("a chunk of no item"))?;
-        match (chunk.action, target) {
-            (Action::Copy { buffer }, target) => self.copy(&chunk, buffer, target, access),
-            (_, Target::Kept(_)) => Err(Stopped::Broken("a kept column is not encoded")),
-            (Action::Fused, Target::Values(target)) => self.fused(&chunk, target, access),
-            (Action::Scan, Target::Values(target)) => {
-                let done = self.scan(&chunk, target);
-                if done.is_err() {
-                    self.items[item].faulty.store(true, Ordering::Release);
-                }
-                self.items[item].scans_left.fetch_sub(1, Ordering::AcqRel);
-                done
+        let target = match (chunk.action, target) {
+            (Action::Copy { buffer }, target) => return self.copy(&chunk, buffer, target, access),
+            (_, Target::Kept(_)) => return Err(Stopped::Broken("a kept column is not encoded")),
+            (_, Target::Values(target)) => target,
+        };
+        let (values, ..) = self.plan.values(item).ok_or(OUTSIDE)?;
+        let done = match (values.way, chunk.action) {
+            (Way::Encoded, _) => self.found(&chunk, target, access),
+            (_, Action::Scan) => self.scan(&chunk, target),
+            (_, Action::Encode) => self.encode(&chunk, target, access),
+            _ => self.fused(&chunk, target, access),
+        };
+        if chunk.action == Action::Scan {
+            if done.is_err() {
+                self.items[item].faulty.store(true, Ordering::Release);
             }
-            (Action::Encode, Target::Values(target)) => self.encode(&chunk, target, access),
+            self.items[item].scans_left.fetch_sub(1, Ordering::AcqRel);
         }
+        done
     }
 
     fn copy(
@@ -212,7 +233,7 @@ impl Job {
                 (&mut own_scales[..], &mut parts.zeros)
             }
         };
-        let zeros_out = reborrow(zeros);
+        let zeros_out = zeros.reborrow();
         let first = chunk.first;
         found.counters = fused(
             values,
@@ -246,10 +267,16 @@ impl Job {
 
     fn scan(&self, chunk: &Chunk, target: &ValuesTarget) -> Result<Found, Stopped> {
         let (values, _) = self.values(chunk)?;
-        let state = &self.items[chunk.item as usize];
         let touched = target.layout.param_range(chunk.first, chunk.count);
         let mut found = vec![Range::EMPTY; (touched.end - touched.start) as usize];
         scan(values, chunk.first, &target.layout, target.policy, &mut found)?;
+        self.widen(chunk, target, &found)
+    }
+
+    /// Widens the item's ranges by those of a chunk.
+    fn widen(&self, chunk: &Chunk, target: &ValuesTarget, found: &[Range]) -> Result<Found, Stopped> {
+        let state = &self.items[chunk.item as usize];
+        let touched = target.layout.param_range(chunk.first, chunk.count);
         let mut guard = state.ranges.lock().unwrap_or_else(PoisonError::into_inner);
         match self.shared(chunk.item as usize, target) {
             Some(shared) => {
@@ -263,7 +290,7 @@ impl Job {
                     *guard = Ranges::InPlace;
                 }
                 let merge =
-                    |scales: &mut [f32], zeros: Option<&mut [f32]>| merge_in_place(scales, zeros, &found);
+                    |scales: &mut [f32], zeros: Option<&mut [f32]>| merge_in_place(scales, zeros, found);
                 shared.change(&self.result, state, &mut guard, touched, merge).ok_or(OUTSIDE)?;
             }
             None => {
@@ -271,7 +298,7 @@ impl Job {
                     *guard = Ranges::Own(Vec::new());
                 }
                 if let Ranges::Own(ranges) = &mut *guard {
-                    ItemState::merge(ranges, target.params as usize, touched.start as usize, &found);
+                    ItemState::merge(ranges, target.params as usize, touched.start as usize, found);
                 }
             }
         }
@@ -286,34 +313,23 @@ impl Job {
     ) -> Result<Found, Stopped> {
         let item = chunk.item as usize;
         let state = &self.items[item];
-        if state.scans_left.load(Ordering::Acquire) != 0 {
-            return Err(Stopped::Broken("a chunk ran before its barrier"));
-        }
-        if state.faulty.load(Ordering::Acquire) {
-            return Ok(Found::default());
-        }
         let (values, affine) = self.values(chunk)?;
         let layout = &target.layout;
         let touched = layout.param_range(chunk.first, chunk.count);
         let part = touched.start as usize..touched.end as usize;
-        let given = self.plan.values(item).and_then(|(values, _, _)| values.params.as_ref());
-        let (scales, zeros) = match given {
-            Some(params) => {
+        let (scales, zeros) = match self.second_pass(item, target, &affine)? {
+            Second::Faulty => return Ok(Found::default()),
+            Second::Given(params) => {
                 (params.scales.get(part.clone()), ZeroPoints::I32(part_of(&params.zero_points, part)))
             }
-            None => match state.known.get_or_init(|| self.parameters(item, target, &affine)) {
-                Known::Own { scales, zeros, .. } => {
-                    (scales.get(part.clone()), ZeroPoints::I32(part_of(zeros, part)))
-                }
-                Known::InPlace { .. } => {
-                    let shared = self.shared(item, target).ok_or(OUTSIDE)?;
-                    let (scales, zeros) = shared.read(&self.result, state, touched).ok_or(OUTSIDE)?;
-                    (Some(scales), zeros.map_or(ZeroPoints::None, ZeroPoints::F32))
-                }
-                // Reported once for the item.
-                Known::Fault(_) => return Ok(Found::default()),
-                Known::Broken => return Err(OUTSIDE),
-            },
+            Second::Own { scales, zeros } => {
+                (scales.get(part.clone()), ZeroPoints::I32(part_of(zeros, part)))
+            }
+            Second::InPlace => {
+                let shared = self.shared(item, target).ok_or(OUTSIDE)?;
+                let (scales, zeros) = shared.read(&self.result, state, touched).ok_or(OUTSIDE)?;
+                (Some(scales), zeros.map_or(ZeroPoints::None, ZeroPoints::F32))
+            }
         };
         let scales = scales.ok_or(OUTSIDE)?;
         let parts = self.parts(chunk, target, &affine, &mut access, 0..0)?;
@@ -327,6 +343,32 @@ impl Job {
         }
         state.null_rows(layout.rows, &nulled);
         Ok(found)
+    }
+
+    /// What an Encode chunk goes by; parameters are made by the first that asks.
+    fn second_pass(
+        &self,
+        item: usize,
+        target: &ValuesTarget,
+        affine: &Affine,
+    ) -> Result<Second<'_>, Stopped> {
+        let state = &self.items[item];
+        if state.scans_left.load(Ordering::Acquire) != 0 {
+            return Err(Stopped::Broken("a chunk ran before its barrier"));
+        }
+        if state.faulty.load(Ordering::Acquire) {
+            return Ok(Second::Faulty);
+        }
+        if let Some(params) = self.plan.values(item).and_then(|(values, ..)| values.params.as_ref()) {
+            return Ok(Second::Given(params));
+        }
+        match state.known.get_or_init(|| self.parameters(item, target, affine)) {
+            Known::Own { scales, zeros, .. } => Ok(Second::Own { scales, zeros }),
+            Known::InPlace { .. } => Ok(Second::InPlace),
+            // Reported once for the item.
+            Known::Fault(_) => Ok(Second::Faulty),
+            Known::Broken => Err(OUTSIDE),
+        }
     }
 
     /// Parameters of an item whose Scan chunks have all ended.
@@ -435,14 +477,4 @@ const OUTSIDE: Stopped = Stopped::Broken("a place outside the window or the resu
 
 fn part_of(zeros: &[i32], part: std::ops::Range<usize>) -> &[i32] {
     zeros.get(part).unwrap_or_default()
-}
-
-/// The same zero points once more, for a call that takes them by value.
-fn reborrow<'a>(zeros: &'a mut ZeroPointsMut<'_>) -> ZeroPointsMut<'a> {
-    match zeros {
-        ZeroPointsMut::None => ZeroPointsMut::None,
-        ZeroPointsMut::I8(z) => ZeroPointsMut::I8(z),
-        ZeroPointsMut::U8(z) => ZeroPointsMut::U8(z),
-        ZeroPointsMut::F32(z) => ZeroPointsMut::F32(z),
-    }
 }

@@ -3,7 +3,7 @@
 use shmquant_kernels::{Counters, Fault, OnNonFinite, Sums};
 use shmquant_protocol::chunks::Action;
 use shmquant_protocol::descriptor::{Role, Spec, Values};
-use shmquant_protocol::message::Failure;
+use shmquant_protocol::message::{ErrorCode, Failure};
 
 use super::fault::internal;
 use super::item::Known;
@@ -31,6 +31,9 @@ pub(super) fn fold(job: &Job, item: usize, values: &Values, spec: &Spec) -> Resu
         match job.slots[index].found.get() {
             None => return Err(internal(format!("chunk {index} has not run"))),
             Some(Err(Stopped::Broken(what))) => return Err(internal(format!("chunk {index}: {what}"))),
+            Some(Err(Stopped::Violation(what))) => {
+                return Err(Failure::new(ErrorCode::Protocol, format!("chunk {index}: {what}"), ""));
+            }
             Some(Err(Stopped::Fault(fault))) => {
                 let first = *kind.get_or_insert(action);
                 let (_, count) = out.fault.get_or_insert((fault.clone(), 0));

@@ -133,7 +133,7 @@ fn quantized(
     };
     let mut target = ValuesTarget {
         layout,
-        policy: spec.on_nonfinite,
+        policy: values.policy(spec),
         params: sizes.params,
         codes: Place::start(codes),
         code_bytes: sizes.code_bytes,

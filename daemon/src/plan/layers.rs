@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use arrow_schema::{DataType, Field, Fields, Schema};
-use shmquant_kernels::{Affine, FloatType, OnNonFinite};
+use shmquant_kernels::{Affine, FloatType};
 use shmquant_protocol::descriptor::{Body, Descriptor, Spec, TableKind, Values};
 use shmquant_protocol::message::{ErrorCode, Failure};
 use shmquant_protocol::meta;
@@ -116,11 +116,7 @@ pub(super) fn lay_out(
             let spec = d.spec(values);
             targets.push(Target::Values(Box::new(ValuesTarget {
                 layout: values.layout(spec),
-                // One such value takes the whole layer away, so there is nothing to leave out of its ranges.
-                policy: match spec.on_nonfinite {
-                    OnNonFinite::Null => OnNonFinite::Saturate,
-                    other => other,
-                },
+                policy: values.policy(spec),
                 params: row.scales,
                 codes: Place { buffer: batch.data.data, offset: codes },
                 code_bytes: row.code_bytes,

@@ -69,6 +69,7 @@ impl Placed {
                 first: 0,
                 count: *k,
                 bytes,
+                work: bytes,
                 at: 0,
                 start: 0,
                 shared: false,

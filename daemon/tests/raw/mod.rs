@@ -12,7 +12,7 @@ use serde_json::Value;
 use shmquant_daemon::{Config, Daemon};
 use shmquant_kernels::{Affine, FloatType, Granularity, Mapping as Sign, OnNonFinite, Scheme};
 use shmquant_protocol::chunks::{ChunkList, MIN_WINDOW};
-use shmquant_protocol::descriptor::{Body, Descriptor, Item, Role, Spec, TableKind, Values};
+use shmquant_protocol::descriptor::{Body, Descriptor, Item, Role, Spec, TableKind, Values, Way};
 use shmquant_protocol::message::{
     ErrorCode, Failure, Lease, MAX_FRAME, MINOR, Message, NO_TIMEOUT, Naming, Quantize, Release, Welcome,
 };
@@ -370,7 +370,7 @@ pub(crate) fn table(scheme: Scheme, granularity: Granularity, layers: &[(u64, u6
             null_count: 0,
             shape: vec![*rows as i64, *k as i64],
             params: None,
-            place: None,
+            way: Way::Streamed,
         }),
     });
     let descriptor = Descriptor {

@@ -18,7 +18,7 @@ use shmquant_daemon::memory::Memory;
 use shmquant_daemon::plan::Plan;
 use shmquant_kernels::{Affine, FloatType, Granularity, Layout, OnNonFinite, Scheme, ZeroPointsMut, fused};
 use shmquant_protocol::chunks::{Action, Chunk, ChunkList};
-use shmquant_protocol::descriptor::{Body, Descriptor, Item, Role, Spec, TableKind, Values};
+use shmquant_protocol::descriptor::{Body, Descriptor, Item, Role, Spec, TableKind, Values, Way};
 use shmquant_protocol::field::NodeData;
 use shmquant_protocol::message::Failure;
 
@@ -339,7 +339,7 @@ pub(crate) fn values(role: Role, dtype: FloatType, rows: u64, k: u64) -> Values 
         null_count: 0,
         shape: Vec::new(),
         params: None,
-        place: None,
+        way: Way::Streamed,
     }
 }
 

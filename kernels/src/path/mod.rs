@@ -73,8 +73,11 @@ type EncodeColumns = unsafe fn(&[f32], &mut [u8], &[f32], &[i32], &Affine) -> u6
 type DecodeColumns = unsafe fn(&[u8], &mut [f32], &[f32], &[i32], bool);
 
 /// The functions of one instruction-set path. [`Kernels::best`] is what the free functions of this crate use.
+#[derive(Clone, Copy)]
 pub struct Kernels {
     name: &'static str,
+    /// Many codes go past the cache.
+    pub(crate) streams: bool,
     hand: Option<&'static Hand>,
     load: unsafe fn(*const u8, FloatType, &mut [f32]),
     range: unsafe fn(&[f32]) -> TileRange,
@@ -187,6 +190,7 @@ mod baseline {
     /// For paths that have no loops of their own.
     pub(super) const LOOPS: Kernels = Kernels {
         name: "portable",
+        streams: true,
         hand: None,
         load,
         range,
@@ -205,6 +209,12 @@ impl Kernels {
     pub fn best() -> &'static Self {
         static BEST: OnceLock<&'static Kernels> = OnceLock::new();
         BEST.get_or_init(|| Self::all().pop().unwrap_or(&baseline::KERNELS))
+    }
+
+    /// The same for codes that are read again at once, as those are that another thread moves on: they stay in the cache.
+    pub fn near() -> &'static Self {
+        static NEAR: OnceLock<Kernels> = OnceLock::new();
+        NEAR.get_or_init(|| Self { streams: false, ..*Self::best() })
     }
 
     /// Every path that this CPU can run, slowest first.

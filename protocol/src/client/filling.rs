@@ -5,20 +5,21 @@ use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::encoding::Encoding;
 use super::error::ClientError;
 use super::leases::lock;
 use super::source::Source;
 use super::window::Window;
-use crate::chunks::ChunkList;
+use crate::chunks::{Action, Chunk, ChunkList};
 use crate::failpoint::failpoint;
 
-/// Bytes that a thread takes at a time: several small chunks, or one large one.
+/// Bytes of values that a thread takes at a time: several small chunks, or one large one.
 const RUN: u64 = 256 << 10;
 
 /// The values of one request on their way into a window.
 pub(super) struct Filling<'a> {
     list: &'a ChunkList,
-    source: &'a dyn Source,
+    encoding: Encoding<'a>,
     window: &'a Window,
     state: Mutex<State>,
     changed: Condvar,
@@ -29,8 +30,8 @@ struct State {
     next: usize,
     /// The first chunk that may not be written yet.
     limit: usize,
-    /// First chunks of the runs that are being written: few, one a thread.
-    running: Vec<usize>,
+    /// The runs that are being written: few, one a thread.
+    running: Vec<Run>,
     stopped: bool,
     /// Threads that wait for a change: without any, nobody is woken, which would be a system call.
     waiting: usize,
@@ -61,7 +62,8 @@ impl<'a> Filling<'a> {
             waiting: 0,
             failed: false,
         };
-        Ok(Self { list, source, window, state: Mutex::new(state), changed: Condvar::new() })
+        let encoding = Encoding::new(source, list);
+        Ok(Self { list, encoding, window, state: Mutex::new(state), changed: Condvar::new() })
     }
 
     /// The daemon is done with all chunks below `consumed`.
@@ -118,7 +120,7 @@ impl<'a> Filling<'a> {
     /// All chunks below this one are in the window; `None` if the source panicked on some thread.
     pub(super) fn watermark(&self) -> Option<usize> {
         let state = lock(&self.state);
-        (!state.failed).then(|| state.running.iter().copied().min().unwrap_or(state.next))
+        (!state.failed).then(|| state.running.iter().map(|run| run.first).min().unwrap_or(state.next))
     }
 
     /// Whether more than the chunks below `mark` is written or being written; waits a little for threads that are at it.
@@ -146,16 +148,23 @@ impl<'a> Filling<'a> {
 
     fn claim(&self, state: &mut State) -> Option<Range<usize>> {
         let first = state.next;
-        let mut bytes = 0;
-        while state.next < state.limit && bytes < RUN && !state.stopped {
+        let (mut work, mut scans) = (0, false);
+        while state.next < state.limit && work < RUN && !state.stopped {
             let chunk = self.list.chunks.get(state.next)?;
-            bytes += if chunk.shared { 0 } else { chunk.bytes };
+            let scanning = || scans || state.running.iter().any(|run| run.scans);
+            if chunk.action == Action::Encode && !is_idle(chunk) && scanning() {
+                break;
+            }
+            if !is_idle(chunk) {
+                work += chunk.work;
+                scans |= chunk.action == Action::Scan;
+            }
             state.next += 1;
         }
         if first == state.next {
             return None;
         }
-        state.running.push(first);
+        state.running.push(Run { first, scans });
         Some(first..state.next)
     }
 
@@ -164,17 +173,29 @@ impl<'a> Filling<'a> {
         // Taken off the list on every way out: a source that panics must not leave others waiting.
         let _done = Done { filling: self, first };
         for chunk in self.list.chunks.get(run).unwrap_or_default() {
-            if chunk.shared || chunk.bytes == 0 {
+            if is_idle(chunk) {
                 continue;
             }
             // SAFETY: a chunk is taken by one thread, and the list gives those that may be written at the same time (none of
             // which the daemon has yet to consume) disjoint places.
             if let Some(part) = unsafe { self.window.part(chunk.at, chunk.bytes) } {
-                self.source.fill(chunk, part);
+                self.encoding.write(chunk, part);
                 failpoint("client.chunk_filled");
             }
         }
     }
+}
+
+/// Chunks that one thread took together.
+struct Run {
+    first: usize,
+    /// Some of them look for ranges: codes that need them have to wait.
+    scans: bool,
+}
+
+/// Nothing of it crosses.
+fn is_idle(chunk: &Chunk) -> bool {
+    chunk.shared || chunk.bytes == 0
 }
 
 struct Done<'a, 'b> {
@@ -185,7 +206,7 @@ struct Done<'a, 'b> {
 impl Drop for Done<'_, '_> {
     fn drop(&mut self) {
         let mut state = lock(&self.filling.state);
-        state.running.retain(|first| *first != self.first);
+        state.running.retain(|run| run.first != self.first);
         if std::thread::panicking() {
             // What was not written must never be announced.
             state.stopped = true;
@@ -204,7 +225,7 @@ mod tests {
 
     use super::*;
     use crate::chunks::{Chunk, MIN_WINDOW};
-    use crate::descriptor::{Body, Descriptor, Item, Role, Spec, TableKind, Values};
+    use crate::descriptor::{Body, Descriptor, Item, Role, Spec, TableKind, Values, Way};
     use crate::segment::{Backing, Kind, Segment, SegmentName};
 
     /// Layers whose chunks are filled with the low byte of their index in the list.
@@ -245,7 +266,7 @@ mod tests {
                 null_count: 0,
                 shape: vec![],
                 params: None,
-                place: None,
+                way: Way::Streamed,
             }),
         };
         let descriptor = Descriptor {

@@ -12,7 +12,7 @@ use super::fork::{Mark, Process};
 use super::held::Held;
 use super::ranges::Ranges;
 use super::returns::{Return, ReturnQueue};
-use crate::descriptor::{Body, Descriptor, Item, Place};
+use crate::descriptor::{Body, Descriptor, Item, Place, Way};
 use crate::failpoint::failpoint;
 use crate::message::{Extent, Lease, Message, Release};
 use crate::segment::{Backing, Kind, Mapping, fd_refused};
@@ -229,7 +229,7 @@ impl Leases {
         let mut placed = descriptor.clone();
         for (item, place) in places {
             if let Some(Body::Values(values)) = placed.items.get_mut(item).map(|item| &mut item.body) {
-                values.place = Some(place);
+                values.way = Way::Placed(place);
             }
         }
         Some(placed)

@@ -6,6 +6,7 @@
 mod address;
 mod clock;
 mod copying;
+mod encoding;
 mod error;
 mod filling;
 mod fork;
@@ -79,7 +80,7 @@ pub struct Options<'a> {
     pub timeout: Option<Duration>,
     /// Publish the result under a name.
     pub named: Option<Naming>,
-    /// Called by the calling thread with the bytes that are written, and with all there are.
+    /// Called by the calling thread with the bytes of values that are done, and with all there are.
     pub progress: Option<&'a (dyn Fn(u64, u64) + Sync)>,
     /// Asked about every 50 ms while the call works or waits; true cancels it.
     pub interrupted: Option<&'a (dyn Fn() -> bool + Sync)>,
@@ -92,7 +93,7 @@ pub struct Quantized {
     pub held: Held,
     /// One for each quantized item, in order; empty if the named result existed already.
     pub report: Vec<ItemReport>,
-    /// Bytes of values that were copied on their way to the daemon, twice where it had to see them twice.
+    /// Bytes that crossed to the daemon: codes and parameters, values that it encoded, columns that go along.
     pub bytes_copied: u64,
     /// Bytes of values that the daemon read where they lay.
     pub bytes_shared: u64,

@@ -1,4 +1,4 @@
-//! What the daemon says about each quantized item (PROTOCOL.md section 6).
+//! What the daemon says about each quantized item (PROTOCOL.md section 7).
 
 use crate::chunks::ChunkList;
 use crate::descriptor::{Body, Descriptor};
@@ -28,7 +28,7 @@ pub struct ItemReport {
     pub max_abs_err: f64,
     /// Cosine of the angle between values and decoded codes.
     pub cosine: f64,
-    /// Bytes of it that were copied on their way to the daemon, twice where it had to see them twice.
+    /// Bytes that crossed to the daemon for it.
     pub bytes_copied: u64,
     /// Bytes of its values that the daemon read where they lay.
     pub bytes_shared: u64,
@@ -49,7 +49,7 @@ impl ItemReport {
             }
         }
         let quantized = descriptor.items.iter().zip(copied).filter_map(|(item, copied)| match &item.body {
-            Body::Values(values) => Some((values.place.map_or(0, |_| values.bytes()), copied)),
+            Body::Values(values) => Some((values.place().map_or(0, |_| values.bytes()), copied)),
             Body::Keep { .. } => None,
         });
         for (report, (shared, copied)) in reports.iter_mut().zip(quantized) {

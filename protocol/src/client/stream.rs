@@ -91,12 +91,20 @@ pub(super) fn run(
         failpoint("client.quantize_sent");
         Ok(())
     };
-    let total = bytes_of(&list, 0, list.chunks.len());
-    let mut stream =
-        Stream { list: &list, descriptor, total, shared, done: 0, progress, primary, cancelled: None };
+    let total = Amount::of(&list, 0, list.chunks.len());
+    let mut stream = Stream {
+        list: &list,
+        descriptor,
+        total,
+        shared,
+        done: Amount::default(),
+        progress,
+        primary,
+        cancelled: None,
+    };
     wire.begin();
 
-    let message = if list.resident && total <= SMALL {
+    let message = if list.resident && total.work <= SMALL {
         let filling = Filling::new(&list, source, window)?;
         while filling.step() {}
         ask(wire, chunks, clock)?;
@@ -114,7 +122,7 @@ pub(super) fn run(
         };
         // Where others stream, too, they keep the cores busy: this thread is enough, and fewer take turns.
         let streamed =
-            if total >= LARGE && ring == 0 { helpers.with(&|| filling.help(), main) } else { main() };
+            if total.work >= LARGE && ring == 0 { helpers.with(&|| filling.help(), main) } else { main() };
         match streamed? {
             Some(message) => message,
             None => stream.answer(wire, Duration::ZERO, clock)?,
@@ -135,12 +143,12 @@ impl Drop for StopOnDrop<'_, '_> {
 struct Stream<'a> {
     list: &'a ChunkList,
     descriptor: &'a Descriptor,
-    /// Bytes to be written.
-    total: u64,
+    /// All that is to be written.
+    total: Amount,
     /// Bytes of values that lie in extents.
     shared: u64,
-    /// Bytes that were written and announced.
-    done: u64,
+    /// What was written and announced.
+    done: Amount,
     progress: Option<&'a Progress<'a>>,
     primary: &'a Primary,
     cancelled: Option<Stop>,
@@ -175,9 +183,9 @@ impl Stream<'_> {
             let wrote = filling.step();
             // None: a copying thread panicked, and so does this one when all have left.
             let Some(mark) = filling.watermark() else { return Err(ClientError::Cancelled) };
-            let fresh = bytes_of(self.list, announced, mark);
+            let fresh = Amount::of(self.list, announced, mark);
             // A daemon that has nothing to do is told at once.
-            if mark > announced && (mark == all || !wrote || fresh >= announce || announced == 0) {
+            if mark > announced && (mark == all || !wrote || fresh.bytes >= announce || announced == 0) {
                 wire.send(&Message::Wrote { chunks: mark as u32 }, clock)?;
                 failpoint("client.wrote");
                 announced = mark;
@@ -257,14 +265,14 @@ impl Stream<'_> {
                 let computed = report > 0;
                 let bytes_shared = if computed { self.shared } else { 0 };
                 // All of it has been read, whether or not it had to be written for that.
-                self.report(self.total + self.shared);
+                self.report(self.total.work + self.shared);
                 let mut report = ItemReport::read_all(&bytes);
                 ItemReport::tell_ways(&mut report, self.descriptor, self.list);
                 Ok(Ok(Answer {
                     lease,
                     report,
                     computed,
-                    bytes_copied: self.done,
+                    bytes_copied: self.done.bytes,
                     bytes_shared,
                     interrupted: self.cancelled == Some(Stop::Interrupted),
                 }))
@@ -274,14 +282,15 @@ impl Stream<'_> {
         }
     }
 
-    fn wrote(&mut self, bytes: u64) {
-        self.done += bytes;
-        self.report(self.done);
+    fn wrote(&mut self, fresh: Amount) {
+        self.done.bytes += fresh.bytes;
+        self.done.work += fresh.work;
+        self.report(self.done.work);
     }
 
     fn report(&self, done: u64) {
         if let Some(progress) = self.progress {
-            progress(done, self.total + self.shared);
+            progress(done, self.total.work + self.shared);
         }
     }
 }
@@ -345,8 +354,20 @@ fn refused(failure: Box<Failure>, cancelled: Option<Stop>, clock: &Clock<'_>) ->
     }
 }
 
-/// Bytes that are written for the chunks `from..to`.
-fn bytes_of(list: &ChunkList, from: usize, to: usize) -> u64 {
-    let chunks = list.chunks.get(from..to).unwrap_or_default();
-    chunks.iter().filter(|c| !c.shared).map(|c| c.bytes).sum()
+/// How much several chunks are.
+#[derive(Debug, Clone, Copy, Default)]
+struct Amount {
+    /// Bytes that are written to the window.
+    bytes: u64,
+    /// Bytes of values that are read for that.
+    work: u64,
+}
+
+impl Amount {
+    /// That of the chunks `from..to`.
+    fn of(list: &ChunkList, from: usize, to: usize) -> Self {
+        let chunks = list.chunks.get(from..to).unwrap_or_default();
+        let crossing = chunks.iter().filter(|c| !c.shared && c.bytes > 0);
+        crossing.fold(Self::default(), |sum, c| Self { bytes: sum.bytes + c.bytes, work: sum.work + c.work })
+    }
 }

@@ -11,7 +11,7 @@ use super::options::TableOptions;
 use super::spec::Specs;
 use super::vectors::{Column, element_type, float_type};
 use super::{MAX_ELEMENTS, Output, Parts, Streams, given_params, kept};
-use crate::descriptor::{Body, Item, Role, Spec, TableKind, Values};
+use crate::descriptor::{Body, Item, Role, Spec, TableKind, Values, Way};
 use crate::meta::{Companion, companions};
 
 /// What a column could be.
@@ -181,7 +181,7 @@ impl Quantized<'_> {
             null_count,
             shape: Vec::new(),
             params: None,
-            place: None,
+            way: Way::Streamed,
         };
         let want = values.layout(self.its_spec).n_params();
         if let Some(params) = &options.params {

@@ -12,7 +12,7 @@ use super::stream::{Holes, Pieces, Rows, Starts, Stream};
 use super::text::{Strings, bytes_at, integers, is_binary, list_at};
 use super::vectors::{element_type, float_type, primitive_bytes};
 use super::{MAX_ELEMENTS, Parts, Streams, given_params};
-use crate::descriptor::{Body, Item, Role, TableKind, Values};
+use crate::descriptor::{Body, Item, Role, TableKind, Values, Way};
 
 /// One layer given by its bytes.
 #[derive(Debug, Clone)]
@@ -269,7 +269,7 @@ impl<'a> Builder<'a> {
             null_count: 0,
             shape,
             params: None,
-            place: None,
+            way: Way::Streamed,
         };
         let spec = self.specs.get(spec);
         if let (Some(params), Some(_), false) = (&self.options.params, spec.affine, null) {

@@ -13,6 +13,8 @@ pub(crate) mod stream;
 pub(crate) mod text;
 pub(crate) mod vectors;
 
+use std::ops::Range;
+
 use arrow_array::RecordBatch;
 use arrow_schema::SchemaRef;
 use xxhash_rust::xxh3::Xxh3;
@@ -21,10 +23,11 @@ pub use error::{Details, InputError};
 pub use layers::LayerInput;
 pub use options::{Override, OverrideSpec, Pattern, TableOptions};
 
-use crate::chunks::{Action, CHUNK_BYTES, Chunk, ChunkList};
+use crate::chunks::{Action, CHUNK_BYTES, Chunk, ChunkList, is_scanned};
 use crate::client::Source;
-use crate::descriptor::{Descriptor, Item, Params, Spec, TableKind};
+use crate::descriptor::{Body, Descriptor, Item, Params, Spec, TableKind, Values, Way};
 use crate::field::UnsupportedType;
+use crate::findings;
 use crate::fit::TableParams;
 use stream::Stream;
 
@@ -129,7 +132,14 @@ impl Table {
     }
 
     fn finish(parts: Parts, options: &TableOptions, schema: Option<&SchemaRef>) -> Self {
-        let Parts { table, specs, rows, items, streams, mut outputs } = parts;
+        let Parts { table, specs, rows, mut items, streams, mut outputs } = parts;
+        for item in &mut items {
+            if let Body::Values(values) = &mut item.body
+                && let Some(spec) = specs.get(values.spec)
+            {
+                values.way = way(values, spec);
+            }
+        }
         if table != TableKind::Columns {
             outputs = vec![Output::Quantized { names: LAYER_COLUMNS.map(str::to_owned).to_vec() }];
         }
@@ -157,7 +167,7 @@ impl Table {
         &self.outputs
     }
 
-    /// Bytes that cross to the daemon.
+    /// Bytes of the columns and layers that go into the result.
     pub fn input_bytes(&self) -> u64 {
         let bytes = |streams: &Streams| match streams {
             Streams::Values { validity, values, .. } => validity.bytes() + values.bytes(),
@@ -170,11 +180,12 @@ impl Table {
     pub fn digest(&self) -> [u8; 16] {
         let mut hash = Xxh3::new();
         let mut head = Vec::new();
+        let descriptor = self.descriptor.streamed();
         // Kept columns were tried when the table was made.
-        let _: Result<(), (String, UnsupportedType)> = self.descriptor.encode(&mut head);
+        let _: Result<(), (String, UnsupportedType)> = descriptor.encode(&mut head);
         hash.update(&head);
         let mut scratch = vec![0; CHUNK_BYTES as usize];
-        for chunk in &ChunkList::new(&self.descriptor, head.len() as u64, u64::MAX).chunks {
+        for chunk in &ChunkList::new(&descriptor, head.len() as u64, u64::MAX).chunks {
             // Seen when it was scanned.
             if !chunk.shared {
                 let part = &mut scratch[..chunk.bytes as usize];
@@ -211,6 +222,22 @@ impl Source for Table {
             Streams::Kept(_) => None,
         }
     }
+
+    fn slice(&self, item: usize, bytes: Range<u64>) -> Option<&[u8]> {
+        match self.streams.get(item)? {
+            Streams::Values { values, .. } => values.slice(bytes),
+            Streams::Kept(_) => None,
+        }
+    }
+}
+
+/// Most ranges that a call keeps of one item while it looks for them.
+const MOST_RANGES: u64 = 1 << 20;
+
+/// Values that only this process can reach are encoded here: that costs less than copying them.
+fn way(values: &Values, spec: &Spec) -> Way {
+    let many = is_scanned(values, spec) && values.layout(spec).n_params() > MOST_RANGES;
+    if findings::fit(values, spec) && !many { Way::Encoded } else { Way::Streamed }
 }
 
 /// The parameters of one item out of given ones.

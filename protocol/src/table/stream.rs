@@ -1,5 +1,7 @@
 //! Arrow buffers as they cross to the daemon, written on demand from the pieces in which the caller holds them.
 
+use std::ops::Range;
+
 use arrow_buffer::bit_iterator::BitSliceIterator;
 use arrow_buffer::bit_mask::set_bits;
 use arrow_buffer::{BooleanBuffer, Buffer, NullBuffer};
@@ -41,6 +43,15 @@ impl Stream {
         match self {
             Self::Bytes(p) => p.lies_at(|piece| Some(piece.as_slice())),
             Self::Rows(p) => p.lies_at(Rows::dense),
+            Self::Bits(_) | Self::Offsets(_) | Self::Views(_) => None,
+        }
+    }
+
+    /// A run of its bytes, if they lie in memory as they cross.
+    pub(crate) fn slice(&self, bytes: Range<u64>) -> Option<&[u8]> {
+        match self {
+            Self::Bytes(p) => p.slice(bytes, |piece| Some(piece.as_slice())),
+            Self::Rows(p) => p.slice(bytes, Rows::dense),
             Self::Bits(_) | Self::Offsets(_) | Self::Views(_) => None,
         }
     }
@@ -113,6 +124,13 @@ impl<P> Pieces<P> {
             };
         }
         all
+    }
+
+    /// A run of bytes, if one piece has all of it as bytes in memory.
+    fn slice<'a>(&'a self, range: Range<u64>, bytes: impl Fn(&'a P) -> Option<&'a [u8]>) -> Option<&'a [u8]> {
+        let index = self.starts.partition_point(|start| *start <= range.start).checked_sub(1)?;
+        let start = *self.starts.get(index)?;
+        bytes(self.pieces.get(index)?)?.get((range.start - start) as usize..(range.end - start) as usize)
     }
 
     /// Calls `f(piece, place in the piece, place in the range, length)` for every piece of a range, in order.
@@ -254,13 +272,13 @@ impl Rows {
         }
     }
 
-    fn part(&self, rows: &std::ops::Range<usize>, first: usize, len: usize) -> std::ops::Range<usize> {
+    fn part(&self, rows: &Range<usize>, first: usize, len: usize) -> Range<usize> {
         let from = (rows.start * self.row_bytes).max(first);
         let to = (rows.end * self.row_bytes).min(first + len);
         from..to.max(from)
     }
 
-    fn zero(&self, rows: std::ops::Range<usize>, first: usize, out: &mut [u8]) {
+    fn zero(&self, rows: Range<usize>, first: usize, out: &mut [u8]) {
         let part = self.part(&rows, first, out.len());
         if rows.start < rows.end {
             out[part.start - first..part.end - first].fill(0);
@@ -268,7 +286,7 @@ impl Rows {
     }
 
     /// Copies a run of rows that are not null: they lie one after another.
-    fn copy(&self, rows: std::ops::Range<usize>, first: usize, out: &mut [u8]) {
+    fn copy(&self, rows: Range<usize>, first: usize, out: &mut [u8]) {
         if rows.is_empty() {
             return;
         }

@@ -4,7 +4,7 @@
 use shmquant_kernels::{Affine, FloatType, Granularity, OnNonFinite, Scheme};
 use shmquant_protocol::chunks::Chunk;
 use shmquant_protocol::client::Source;
-use shmquant_protocol::descriptor::{Body, Descriptor, Item, Role, Spec, TableKind, Values};
+use shmquant_protocol::descriptor::{Body, Descriptor, Item, Role, Spec, TableKind, Values, Way};
 
 /// float32 layers of one row each, int8 by row.
 pub(crate) struct Layers {
@@ -32,7 +32,7 @@ impl Layers {
                 null_count: 0,
                 shape: vec![],
                 params: None,
-                place: None,
+                way: Way::Streamed,
             }),
         };
         let descriptor = Descriptor {

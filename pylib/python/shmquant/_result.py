@@ -55,7 +55,7 @@ class ItemStats(NamedTuple):
     max_abs_err: float | None
     #: Cosine of originals and decoded values; None unless ``metrics=True``.
     cosine: float | None
-    #: Bytes of its values that were copied to the daemon, twice where it had to see them twice.
+    #: Bytes that crossed to the daemon for it: codes and parameters, or values where the daemon made those.
     bytes_copied: int
     #: Bytes of its values that the daemon read where they lay; see :meth:`ShmQuantizer.empty`.
     bytes_shared: int
@@ -121,8 +121,9 @@ class QuantizedTable:
     segment_name : str
         Name of its segment, as in ``/proc/self/maps``.
     bytes_copied, bytes_shared : int
-        Bytes of input that were copied to the daemon by the call that made it, and bytes that the daemon
-        read where they lay; 0 for a result that was opened.
+        Bytes that crossed to the daemon in the call that made it (codes and parameters of values that this
+        process encoded, columns that go along), and bytes of values that the daemon read where they lay;
+        0 for a result that was opened.
 
     Examples
     --------

@@ -29,6 +29,7 @@ mod loops_avx2 {
 
     pub(super) static KERNELS: Kernels = Kernels {
         name: "avx2",
+        streams: true,
         hand: Some(&super::avx2::HAND),
         load,
         range,
@@ -47,6 +48,7 @@ mod loops_avx512 {
 
     pub(super) static KERNELS: Kernels = Kernels {
         name: "avx512",
+        streams: true,
         hand: Some(&super::avx512::HAND),
         load,
         range,

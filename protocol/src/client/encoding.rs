@@ -1,0 +1,279 @@
+//! Chunks of values that this process encodes itself, since only it can reach them.
+
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock};
+
+use shmquant_kernels::{
+    Affine, Fault, Kernels, Layout, Mapping, NoFlushing, Range, Values as Floats, ZeroPoints, ZeroPointsMut,
+    measure, params_from_range, scan,
+};
+
+use super::leases::lock;
+use super::source::Source;
+use crate::chunks::{Action, Chunk, ChunkList};
+use crate::descriptor::{Body, Descriptor, Spec, Values, Way};
+use crate::findings::{Found, HEADER, Parts, write_ranges};
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// What a thread keeps between chunks.
+#[derive(Default)]
+struct Scratch {
+    /// Values that do not lie one after another where they are.
+    values: Vec<u8>,
+    scales: Vec<f32>,
+    signed: Vec<i8>,
+    unsigned: Vec<u8>,
+    ranges: Vec<Range>,
+    dropped: Vec<u64>,
+}
+
+/// The chunks of one request: copied, or worked on.
+pub(super) struct Encoding<'a> {
+    source: &'a dyn Source,
+    descriptor: &'a Descriptor,
+    /// By item; none if nothing is read twice.
+    passes: Vec<Passes>,
+}
+
+/// An item whose values are read twice.
+#[derive(Default)]
+struct Passes {
+    ranges: Mutex<Vec<Range>>,
+    /// A chunk had a fault: there will be no codes.
+    faulty: AtomicBool,
+    params: OnceLock<Option<Params>>,
+}
+
+struct Params {
+    scales: Vec<f32>,
+    zero_points: Vec<i32>,
+}
+
+/// A chunk and all that the kernels want to know of it.
+struct Task<'a> {
+    chunk: &'a Chunk,
+    values: &'a Values,
+    spec: &'a Spec,
+    affine: &'a Affine,
+    layout: Layout,
+    parts: Parts,
+    /// Error metrics are wanted.
+    metrics: bool,
+}
+
+impl<'a> Encoding<'a> {
+    /// Nothing is done yet.
+    pub(super) fn new(source: &'a dyn Source, list: &ChunkList) -> Self {
+        let descriptor = source.descriptor();
+        let twice = list.chunks.iter().any(|chunk| chunk.action == Action::Scan);
+        let items = if twice { descriptor.items.len() } else { 0 };
+        Self { source, descriptor, passes: (0..items).map(|_| Passes::default()).collect() }
+    }
+
+    /// Writes what crosses of a chunk. The Scan chunks of an item have to be over before its Encode chunks begin.
+    pub(super) fn write(&self, chunk: &Chunk, out: &mut [u8]) {
+        let item = self.descriptor.items.get(chunk.item as usize);
+        let task = match item.map(|item| &item.body) {
+            Some(Body::Values(values)) if values.way == Way::Encoded => {
+                Task::new(self.descriptor, values, chunk)
+            }
+            _ => None,
+        };
+        let Some(task) = task.filter(|task| task.parts.bytes == out.len()) else {
+            return self.source.fill(chunk, out);
+        };
+        let _exact = NoFlushing::new();
+        SCRATCH.with_borrow_mut(|scratch| {
+            let found = self.work(&task, scratch, out);
+            if let Some(header) = out.first_chunk_mut::<HEADER>() {
+                *header = found.to_bytes();
+            }
+        });
+    }
+
+    fn work(&self, task: &Task<'_>, scratch: &mut Scratch, out: &mut [u8]) -> Found {
+        let passes = self.passes.get(task.chunk.item as usize);
+        let done = match (task.chunk.action, passes) {
+            (Action::Scan, Some(passes)) => self.scan(task, passes, scratch, out),
+            (Action::Encode, passes) => self.encode(task, passes, scratch, out),
+            _ => self.fused(task, scratch, out),
+        };
+        done.unwrap_or_else(|fault| Found { fault: Some(fault), ..Found::default() })
+    }
+
+    fn fused(&self, task: &Task<'_>, scratch: &mut Scratch, out: &mut [u8]) -> Result<Found, Fault> {
+        let Scratch { values, scales, signed, unsigned, dropped, .. } = scratch;
+        let values = self.floats(task, values);
+        let n = (task.parts.touched.end - task.parts.touched.start) as usize;
+        scales.clear();
+        scales.resize(n, 0.0);
+        signed.clear();
+        unsigned.clear();
+        dropped.clear();
+        let mut zeros = match (task.affine.mapping, task.affine.signed) {
+            (Mapping::Symmetric, _) => ZeroPointsMut::None,
+            (Mapping::Asymmetric, true) => {
+                signed.resize(n, 0);
+                ZeroPointsMut::I8(signed)
+            }
+            (Mapping::Asymmetric, false) => {
+                unsigned.resize(n, 0);
+                ZeroPointsMut::U8(unsigned)
+            }
+        };
+        let (first, policy) = (task.chunk.first, task.values.policy(task.spec));
+        let codes = &mut out[task.parts.codes.clone()];
+        let zeros_out = zeros.reborrow();
+        let counters = Kernels::near().fused(
+            values,
+            first,
+            &task.layout,
+            task.affine,
+            policy,
+            codes,
+            scales,
+            zeros_out,
+            dropped,
+        )?;
+        let mut found = Found { counters, ..Found::default() };
+        if task.metrics {
+            found.sums =
+                measure(values, first, &task.layout, task.affine, scales, zeros.as_ref(), codes, policy);
+        }
+        let bytes = out[task.parts.scales.clone()].as_chunks_mut::<4>().0;
+        bytes.iter_mut().zip(&*scales).for_each(|(out, scale)| *out = scale.to_le_bytes());
+        let zeros = signed.iter().map(|zero| *zero as u8).chain(unsigned.iter().copied());
+        out[task.parts.zeros.clone()].iter_mut().zip(zeros).for_each(|(out, zero)| *out = zero);
+        task.drop_rows(dropped, out);
+        Ok(found)
+    }
+
+    fn scan(
+        &self,
+        task: &Task<'_>,
+        passes: &Passes,
+        scratch: &mut Scratch,
+        out: &mut [u8],
+    ) -> Result<Found, Fault> {
+        let touched = task.parts.touched.start as usize..task.parts.touched.end as usize;
+        let Scratch { values, ranges, .. } = scratch;
+        ranges.clear();
+        ranges.resize(touched.len(), Range::EMPTY);
+        let values = self.floats(task, values);
+        let policy = task.values.policy(task.spec);
+        if let Err(fault) = scan(values, task.chunk.first, &task.layout, policy, ranges) {
+            passes.faulty.store(true, Ordering::Relaxed);
+            return Err(fault);
+        }
+        write_ranges(ranges, &mut out[task.parts.ranges.clone()]);
+        let mut all = lock(&passes.ranges);
+        if all.is_empty() {
+            all.resize(task.layout.n_params() as usize, Range::EMPTY);
+        }
+        all[touched].iter_mut().zip(&*ranges).for_each(|(all, found)| all.merge(*found));
+        Ok(Found::default())
+    }
+
+    fn encode(
+        &self,
+        task: &Task<'_>,
+        passes: Option<&Passes>,
+        scratch: &mut Scratch,
+        out: &mut [u8],
+    ) -> Result<Found, Fault> {
+        let (scales, zero_points) = match (&task.values.params, passes) {
+            (Some(given), _) => (&given.scales, &given.zero_points),
+            (None, Some(passes)) => match passes.params(task.affine) {
+                Some(own) => (&own.scales, &own.zero_points),
+                // The daemon finds the fault in the same ranges.
+                None => return Ok(Found::default()),
+            },
+            (None, None) => return Ok(Found::default()),
+        };
+        let touched = task.parts.touched.start as usize..task.parts.touched.end as usize;
+        let (scales, zeros) = (&scales[touched.clone()], ZeroPoints::I32(&zero_points[touched]));
+        let Scratch { values, dropped, .. } = scratch;
+        let values = self.floats(task, values);
+        dropped.clear();
+        let (first, policy) = (task.chunk.first, task.values.policy(task.spec));
+        let codes = &mut out[task.parts.codes.clone()];
+        let counters = Kernels::near().encode(
+            values,
+            first,
+            &task.layout,
+            task.affine,
+            policy,
+            scales,
+            zeros,
+            codes,
+            dropped,
+        )?;
+        let mut found = Found { counters, ..Found::default() };
+        if task.metrics {
+            found.sums = measure(values, first, &task.layout, task.affine, scales, zeros, codes, policy);
+        }
+        task.drop_rows(dropped, out);
+        Ok(found)
+    }
+
+    /// A chunk's values: where they lie, or gathered in `scratch`.
+    fn floats<'b>(&'b self, task: &Task<'_>, scratch: &'b mut Vec<u8>) -> Floats<'b> {
+        let Chunk { item, first, count, work, .. } = *task.chunk;
+        let dtype = task.values.dtype;
+        let start = first * dtype.size() as u64;
+        if let Some(bytes) = self.source.slice(item as usize, start..start + work)
+            && bytes.len() as u64 == work
+        {
+            return Floats::from_bytes(bytes, dtype);
+        }
+        scratch.resize(work as usize, 0);
+        debug_assert_eq!(count * dtype.size() as u64, work);
+        self.source.fill(task.chunk, scratch);
+        Floats::from_bytes(scratch, dtype)
+    }
+}
+
+impl<'a> Task<'a> {
+    fn new(descriptor: &'a Descriptor, values: &'a Values, chunk: &'a Chunk) -> Option<Self> {
+        let spec = descriptor.specs.get(values.spec)?;
+        let affine = spec.affine.as_ref()?;
+        if matches!(chunk.action, Action::Copy { .. }) {
+            return None;
+        }
+        let parts = Parts::new(values, spec, affine, chunk.action, chunk.first, chunk.count);
+        let (layout, metrics) = (values.layout(spec), descriptor.metrics);
+        Some(Self { chunk, values, spec, affine, layout, parts, metrics })
+    }
+
+    fn drop_rows(&self, dropped: &[u64], out: &mut [u8]) {
+        let out = &mut out[self.parts.dropped.clone()];
+        out.fill(0);
+        for row in dropped {
+            let at = row - self.parts.rows.start;
+            if let Some(byte) = out.get_mut((at / 8) as usize) {
+                *byte |= 1 << (at % 8);
+            }
+        }
+    }
+}
+
+impl Passes {
+    /// The parameters, when all ranges are known; `None` if there are none.
+    fn params(&self, affine: &Affine) -> Option<&Params> {
+        let make = || {
+            if self.faulty.load(Ordering::Relaxed) {
+                return None;
+            }
+            let ranges = std::mem::take(&mut *lock(&self.ranges));
+            let params = ranges.iter().map(|range| params_from_range(*range, affine).ok());
+            let (scales, zero_points) =
+                params.map(|one| one.map(|(scale, zero, _)| (scale, zero))).collect::<Option<_>>()?;
+            Some(Params { scales, zero_points })
+        };
+        self.params.get_or_init(make).as_ref()
+    }
+}
