@@ -1,14 +1,12 @@
 //! A client's view of a segment it was sent.
-#![allow(unsafe_code, reason = "a private writable mapping of a file is unsafe to make in memmap2")]
 
 use std::fmt;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
-use memmap2::{Advice, MmapOptions, MmapRaw};
-use nix::errno::Errno;
 use nix::sys::stat::fstat;
 
 use super::limits::map_refused;
+use super::region::{Access, Advice, Region};
 use super::{Backing, SegmentError, memfd};
 
 /// A segment mapped into this process, unmapped when dropped.
@@ -16,16 +14,8 @@ use super::{Backing, SegmentError, memfd};
 /// `Send` and `Sync`: it owns an address range and hands out raw pointers only. Whoever dereferences one
 /// answers for the ordering, which the protocol's messages give.
 pub struct Mapping {
-    memory: MmapRaw,
+    memory: Region,
     access: Access,
-}
-
-/// What a mapping's pages may be used for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Access {
-    ReadOnly,
-    Shared,
-    Private,
 }
 
 impl Mapping {
@@ -34,14 +24,12 @@ impl Mapping {
     /// Refuses what could end in SIGBUS: an object shorter than `len`, and for memfds one that can shrink.
     /// (A POSIX segment can always be truncated by another process of the same user.)
     pub fn read_only(fd: BorrowedFd<'_>, len: u64, backing: Backing) -> Result<Self, SegmentError> {
-        let len = check(fd, len, backing)?;
-        Self::made(MmapOptions::new().len(len).map_raw_read_only(fd.as_raw_fd()), len, Access::ReadOnly)
+        Self::map(fd, len, backing, Access::ReadOnly)
     }
 
     /// Maps an input for writing. A forked child shares it, as it shares every other shared mapping of its parent.
     pub fn inherited(fd: BorrowedFd<'_>, len: u64, backing: Backing) -> Result<Self, SegmentError> {
-        let len = check(fd, len, backing)?;
-        Self::made(MmapOptions::new().len(len).map_raw(fd.as_raw_fd()), len, Access::Shared)
+        Self::map(fd, len, backing, Access::Shared)
     }
 
     /// Maps a window for writing. A forked child does not inherit the mapping.
@@ -56,14 +44,7 @@ impl Mapping {
     /// For consumers that insist on writable memory, such as torch. Pages that were never written keep
     /// following the segment.
     pub fn private_writable(fd: BorrowedFd<'_>, len: u64, backing: Backing) -> Result<Self, SegmentError> {
-        let len = check(fd, len, backing)?;
-        // Without swap reservation: nearly all of the pages will never be copied.
-        let mut options = MmapOptions::new();
-        options.len(len).no_reserve_swap();
-        // SAFETY: the mapping becomes raw at once, so no reference to bytes that may change is ever made;
-        // `check` has made sure that the object is long enough.
-        let made = unsafe { options.map_copy(fd.as_raw_fd()) }.map(MmapRaw::from);
-        Self::made(made, len, Access::Private)
+        Self::map(fd, len, backing, Access::Private)
     }
 
     /// Where the mapping begins: aligned to a page, valid for [`len`](Self::len) bytes.
@@ -73,7 +54,7 @@ impl Mapping {
 
     /// Where to write, `None` for a read-only mapping (writing there would be SIGSEGV).
     pub fn as_mut_ptr(&self) -> Option<*mut u8> {
-        (self.access != Access::ReadOnly).then(|| self.memory.as_mut_ptr())
+        (self.access != Access::ReadOnly).then(|| self.memory.as_ptr())
     }
 
     /// Bytes that are mapped.
@@ -93,21 +74,16 @@ impl Mapping {
         self.advise(Advice::PopulateRead, "prefaulting a mapping")
     }
 
-    fn made(memory: std::io::Result<MmapRaw>, len: usize, access: Access) -> Result<Self, SegmentError> {
-        match memory {
+    fn map(fd: BorrowedFd<'_>, len: u64, backing: Backing, access: Access) -> Result<Self, SegmentError> {
+        let length = check(fd, len, backing)?;
+        match Region::map(fd, length, access) {
             Ok(memory) => Ok(Self { memory, access }),
-            Err(error) => Err(map_refused("mapping a segment".to_owned(), len as u64, errno(&error))),
+            Err(errno) => Err(map_refused("mapping a segment".to_owned(), len, errno)),
         }
     }
 
     fn advise(&self, advice: Advice, what: &str) -> Result<(), SegmentError> {
-        loop {
-            match self.memory.advise(advice).map_err(|error| errno(&error)) {
-                Ok(()) => return Ok(()),
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(SegmentError::Os { what: what.to_owned(), errno }),
-            }
-        }
+        self.memory.advise(advice).map_err(|errno| SegmentError::Os { what: what.to_owned(), errno })
     }
 }
 
@@ -119,11 +95,6 @@ impl fmt::Debug for Mapping {
             .field("access", &self.access)
             .finish()
     }
-}
-
-/// The errno behind an error of the standard library or memmap2.
-pub(super) fn errno(error: &std::io::Error) -> Errno {
-    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EINVAL))
 }
 
 /// Whether every one of the `len` bytes can be touched without SIGBUS, now and later.

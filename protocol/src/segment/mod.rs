@@ -15,12 +15,12 @@ mod memfd;
 mod name;
 mod pages;
 mod posix;
+mod region;
 
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
-use memmap2::{MmapOptions, MmapRaw};
 use nix::errno::Errno;
 use nix::sys::stat::fstat;
 use nix::unistd::ftruncate;
@@ -34,7 +34,7 @@ pub use name::{Backing, Kind, SegmentName};
 pub use posix::open_read_only;
 
 use limits::{Step, refused};
-use mapping::errno;
+use region::{Access, Region};
 
 /// A segment with its owner: the daemon.
 ///
@@ -46,7 +46,7 @@ use mapping::errno;
 pub struct Segment {
     // Before the mapping and the descriptor, so that a name never outlives what it names.
     _unlink: Option<posix::Unlink>,
-    memory: MmapRaw,
+    memory: Region,
     fd: OwnedFd,
     name: SegmentName,
     backing: Backing,
@@ -75,10 +75,8 @@ impl Segment {
             }
         };
         ftruncate(&fd, size.cast_signed()).map_err(|errno| fail(Step::Reserve, errno))?;
-        let memory = MmapOptions::new()
-            .len(length)
-            .map_raw(fd.as_raw_fd())
-            .map_err(|error| fail(Step::Map, errno(&error)))?;
+        let memory =
+            Region::map(fd.as_fd(), length, Access::Shared).map_err(|errno| fail(Step::Map, errno))?;
         let made = match name.kind {
             Kind::Input => pages::reserve(fd.as_fd(), size),
             Kind::Result | Kind::Window => pages::reserve_and_populate(fd.as_fd(), &memory),
@@ -99,7 +97,7 @@ impl Segment {
     /// Where the segment begins: aligned to a page, valid for [`len`](Self::len) bytes as long as the
     /// segment lives. Client-writable segments change under whoever reads them.
     pub fn as_ptr(&self) -> *mut u8 {
-        self.memory.as_mut_ptr()
+        self.memory.as_ptr()
     }
 
     /// Its size in bytes, as it was asked for.

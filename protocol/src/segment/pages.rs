@@ -8,12 +8,11 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-use memmap2::{Advice, MmapRaw};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::limits::Step;
-use super::mapping::errno;
+use super::region::{Advice, Region, unless_interrupted};
 
 /// Pages are made in pieces of this many bytes. A signal makes the kernel throw away the piece it was in.
 const PIECE: u64 = 2 << 20;
@@ -28,7 +27,7 @@ pub(super) fn reserve(fd: BorrowedFd<'_>, size: u64) -> Result<(), Refusal> {
 }
 
 /// Reserves all pages and maps them for writing. (`MAP_POPULATE` would leave the first write of each page a fault.)
-pub(super) fn reserve_and_populate(fd: BorrowedFd<'_>, memory: &MmapRaw) -> Result<(), Refusal> {
+pub(super) fn reserve_and_populate(fd: BorrowedFd<'_>, memory: &Region) -> Result<(), Refusal> {
     let pieces = Pieces::of(memory.len() as u64);
     let make = || {
         pieces.make(|offset, length| {
@@ -86,20 +85,10 @@ fn reserve_piece(fd: BorrowedFd<'_>, offset: u64, length: u64) -> Result<(), Ref
         .map_err(|errno| (Step::Reserve, errno))
 }
 
-fn populate_piece(memory: &MmapRaw, offset: u64, length: u64) -> Result<(), Refusal> {
+fn populate_piece(memory: &Region, offset: u64, length: u64) -> Result<(), Refusal> {
     // Both are within the mapping, whose length is a usize.
     let (offset, length) = (offset as usize, length as usize);
-    let advise = || memory.advise_range(Advice::PopulateWrite, offset, length).map_err(|error| errno(&error));
-    unless_interrupted(advise).map_err(|errno| (Step::Populate, errno))
-}
-
-fn unless_interrupted(call: impl Fn() -> Result<(), Errno>) -> Result<(), Errno> {
-    loop {
-        match call() {
-            Err(Errno::EINTR) => {}
-            result => return result,
-        }
-    }
+    memory.advise_range(Advice::PopulateWrite, offset, length).map_err(|errno| (Step::Populate, errno))
 }
 
 #[cfg(test)]
@@ -144,13 +133,5 @@ mod tests {
         assert!(matches!(refused, Err((Step::Reserve, Errno::ENOSPC))));
         let after = pieces.make(|_, _| panic!("a piece after a refusal"));
         assert!(after.is_ok());
-    }
-
-    #[test]
-    fn a_call_that_a_signal_ended_is_made_again() {
-        let left = AtomicU64::new(3);
-        let call = || if left.fetch_sub(1, Ordering::Relaxed) > 1 { Err(Errno::EINTR) } else { Ok(()) };
-        assert_eq!(unless_interrupted(call), Ok(()));
-        assert_eq!(left.into_inner(), 0);
     }
 }
