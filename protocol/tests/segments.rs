@@ -10,6 +10,7 @@
 )]
 
 mod child;
+mod smaps;
 
 use std::collections::hash_map::RandomState;
 use std::fs::{self, File};
@@ -80,22 +81,6 @@ fn traces(instance: u64) -> Vec<String> {
     fds.chain(maps).chain(names).filter(|trace| trace.contains(&hex)).collect()
 }
 
-/// The fields of a mapping of this instance in `/proc/self/smaps`.
-fn smaps(instance: u64, field: &str) -> Vec<String> {
-    let text = fs::read_to_string("/proc/self/smaps").unwrap();
-    let hex = format!("{instance:016x}");
-    let mut ours = false;
-    let mut found = Vec::new();
-    for line in text.lines() {
-        if line.split_whitespace().next().is_some_and(|word| word.contains('-')) {
-            ours = line.contains(&hex);
-        } else if ours && let Some(value) = line.strip_prefix(field) {
-            found.push(value.trim().to_owned());
-        }
-    }
-    found
-}
-
 #[test]
 fn a_new_segment_is_whole_zero_and_private_to_this_process() {
     for backing in BACKINGS {
@@ -120,7 +105,7 @@ fn results_and_windows_are_resident_and_inputs_only_reserved() {
     for backing in BACKINGS {
         for (kind, kib) in [(Kind::Result, 1024), (Kind::Window, 1024), (Kind::Input, 0)] {
             let segment = create(backing, kind, 1 << 20);
-            let rss = smaps(segment.name().instance, "Rss:");
+            let rss = smaps::fields(segment.name().instance, "Rss:");
             assert_eq!(rss, [format!("{kib} kB")], "{segment:?}");
             let blocks = File::from(segment.fd().try_clone_to_owned().unwrap()).metadata().unwrap().blocks();
             assert!(blocks * 512 >= 1 << 20, "{segment:?} is reserved");
@@ -156,7 +141,7 @@ fn clients_write_windows_and_inputs_and_keep_them_from_forked_children() {
             client.prefault().unwrap();
             write(&client, 7, 8192);
             assert_eq!(bytes(&segment), vec![7; 8192]);
-            let flags = smaps(segment.name().instance, "VmFlags:");
+            let flags = smaps::fields(segment.name().instance, "VmFlags:");
             // "dc": do not copy on fork. The client's has it, the daemon's (which never forks) has not.
             let kept = flags.iter().filter(|flags| flags.split(' ').any(|flag| flag == "dc")).count();
             assert_eq!((flags.len(), kept), (2, 1), "{flags:?}");

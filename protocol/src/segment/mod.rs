@@ -8,12 +8,14 @@
 //! [`SegmentError`] there and never a SIGBUS later.
 
 mod error;
+mod huge;
 mod instance;
 mod limits;
 mod mapping;
 mod memfd;
 mod name;
 mod pages;
+mod pieces;
 mod posix;
 mod region;
 
@@ -34,6 +36,7 @@ pub use name::{Backing, Kind, SegmentName};
 pub use posix::open_read_only;
 
 use limits::{Step, refused};
+use pages::Depth;
 use region::{Access, Region};
 
 /// A segment with its owner: the daemon.
@@ -55,8 +58,8 @@ pub struct Segment {
 impl Segment {
     /// Makes a segment: all of its pages reserved, mapped writable here, zero, and for memfds sealed.
     ///
-    /// Results and windows are populated too, so that their first use does not fault; inputs may stay
-    /// unused in large part and are only reserved.
+    /// Results and windows are populated too, so that their first use does not fault; inputs may stay unused in large
+    /// part and are only reserved, except for huge pages: making these is cheaper than reserving small ones.
     pub fn create(backing: Backing, name: &SegmentName, size: u64) -> Result<Self, SegmentError> {
         let max = isize::MAX as u64;
         let length = match usize::try_from(size) {
@@ -77,11 +80,11 @@ impl Segment {
         ftruncate(&fd, size.cast_signed()).map_err(|errno| fail(Step::Reserve, errno))?;
         let memory =
             Region::map(fd.as_fd(), length, Access::Shared).map_err(|errno| fail(Step::Map, errno))?;
-        let made = match name.kind {
-            Kind::Input => pages::reserve(fd.as_fd(), size),
-            Kind::Result | Kind::Window => pages::reserve_and_populate(fd.as_fd(), &memory),
+        let depth = match name.kind {
+            Kind::Input => Depth::Reserve,
+            Kind::Result | Kind::Window => Depth::Populate,
         };
-        made.map_err(|(step, errno)| fail(step, errno))?;
+        pages::make(fd.as_fd(), &memory, depth).map_err(|(step, errno)| fail(step, errno))?;
         let fd = match (backing, name.kind) {
             (Backing::Memfd, _) => {
                 memfd::seal(fd.as_fd(), name, size)?;
@@ -151,8 +154,7 @@ impl Segment {
             let (what, name, backing) = ("refilling a client's holes", self.name, self.backing);
             return Err(SegmentError::Unsupported { what, name, backing });
         }
-        pages::reserve_and_populate(self.fd(), &self.memory)
-            .map_err(|(step, errno)| self.refused(step, errno))
+        pages::refill(self.fd(), &self.memory).map_err(|(step, errno)| self.refused(step, errno))
     }
 
     fn refused(&self, step: Step, errno: Errno) -> SegmentError {

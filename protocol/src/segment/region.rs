@@ -16,6 +16,9 @@ pub(super) const HUGE: usize = 2 << 20;
 /// How often an aligned place is looked for: other threads of the process map and unmap meanwhile.
 const TRIES: u32 = 8;
 
+/// Linux 6.1 and later, 6.1 also for shared memory. libc has it for glibc only; the number is the same everywhere.
+const MADV_COLLAPSE: i32 = 25;
+
 /// What the pages of a region may be used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Access {
@@ -36,6 +39,8 @@ pub(super) enum Advice {
     PopulateRead,
     /// Make pages, and map them for writing; an error where a write would be SIGBUS.
     PopulateWrite,
+    /// Put huge pages in the place of whole pieces of 2 MiB, also of holes in them.
+    Collapse,
 }
 
 /// The first bytes of an object, mapped into this process and unmapped when dropped.
@@ -113,6 +118,7 @@ impl Region {
             Advice::DontFork => libc::MADV_DONTFORK,
             Advice::PopulateRead => libc::MADV_POPULATE_READ,
             Advice::PopulateWrite => libc::MADV_POPULATE_WRITE,
+            Advice::Collapse => MADV_COLLAPSE,
         };
         unless_interrupted(|| {
             // SAFETY: the range lies in the mapping (checked), and none of these changes what its bytes are.
