@@ -155,9 +155,7 @@ impl<'a> Encoder<'a> {
             if let Params::Own { scales, zero_points, first } = params {
                 let from = *first + done;
                 scales[from..from + run.groups].copy_from_slice(&self.scales[..run.groups]);
-                for (i, &zero_point) in self.zero_points.iter().enumerate().take(run.groups) {
-                    zero_points.set(from + i, zero_point);
-                }
+                zero_points.set_all(from, &self.zero_points[..run.groups]);
             }
             done += run.groups;
             if run.groups < n {

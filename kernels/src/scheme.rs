@@ -223,7 +223,7 @@ pub fn params_from_range(range: Range, affine: &Affine) -> Result<(f32, i32, boo
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rule {
     mapping: Mapping,
-    divisor: f32,
+    pub(crate) divisor: f32,
     pub(crate) qmin: f32,
     pub(crate) qmax: f32,
 }
@@ -358,6 +358,17 @@ impl ZeroPointsMut<'_> {
             Self::I8(z) => ZeroPointsMut::I8(z),
             Self::U8(z) => ZeroPointsMut::U8(z),
             Self::F32(z) => ZeroPointsMut::F32(z),
+        }
+    }
+
+    /// Stores adjoining zero points.
+    pub(crate) fn set_all(&mut self, first: usize, zero_points: &[i32]) {
+        let places = first..first + zero_points.len();
+        match self {
+            Self::None => {}
+            Self::I8(z) => z[places].iter_mut().zip(zero_points).for_each(|(z, &from)| *z = from as i8),
+            Self::U8(z) => z[places].iter_mut().zip(zero_points).for_each(|(z, &from)| *z = from as u8),
+            Self::F32(z) => z[places].iter_mut().zip(zero_points).for_each(|(z, &from)| *z = from as f32),
         }
     }
 
