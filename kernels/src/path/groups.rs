@@ -37,13 +37,34 @@ pub(crate) struct Groups<'a> {
     pub(crate) stream: bool,
 }
 
+impl Groups<'_> {
+    /// Those from the `from`th on.
+    pub(crate) fn rest(&mut self, from: usize) -> Groups<'_> {
+        Groups {
+            values: self.values.slice(from * self.len..self.values.len()),
+            codes: &mut self.codes[from * code_bytes(self.len, self.stored)..],
+            scales: &mut self.scales[from..],
+            zero_points: &mut self.zero_points[from..],
+            ..*self
+        }
+    }
+}
+
 /// How far a path came: it stops before a group with a non-finite value or a range that overflows, and may have
-/// written any codes there.
+/// written any codes and parameters there.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Done {
     pub(crate) groups: usize,
     pub(crate) clipped: u64,
     pub(crate) degenerate: u64,
+}
+
+impl Done {
+    pub(crate) fn add(&mut self, other: Self) {
+        self.groups += other.groups;
+        self.clipped += other.clipped;
+        self.degenerate += other.degenerate;
+    }
 }
 
 /// Bytes that the codes of a group take; what is left of the last one is 0.

@@ -103,8 +103,9 @@ fn layouts() -> impl Strategy<Value = Layout> {
         3 => (0u64..5, 0u64..300),
         1 => (1u64..3, 900u64..2300),
         1 => (1u64..200, 1u64..6),
+        1 => (1u64..4, (1u64..40).prop_map(|n| 16 * n)),
     ];
-    let group = prop_oneof![Just(32u64), Just(64), Just(128), 1u64..200];
+    let group = prop_oneof![Just(16u64), Just(32), Just(64), Just(128), 1u64..200];
     let granularity = prop::sample::select(Granularity::ALL.to_vec());
     (shape, group, granularity, any::<bool>(), prop::bool::weighted(0.8)).prop_map(
         |((rows, k), group, granularity, pad_rows, packed)| Layout {

@@ -35,7 +35,9 @@ fn large_chunks_give_the_same_on_every_path() {
     };
     let layouts = [
         layout(1024, Granularity::Row, 0, true, true),
+        layout(1024, Granularity::Group, 16, true, true),
         layout(1024, Granularity::Group, 32, true, true),
+        layout(1040, Granularity::Group, 16, true, false),
         layout(1024, Granularity::Group, 128, true, true),
         layout(1000, Granularity::Group, 100, true, false),
         layout(333, Granularity::Row, 0, true, true),

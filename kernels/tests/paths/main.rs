@@ -2,6 +2,7 @@
 
 #![allow(clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
+mod batches;
 mod cases;
 mod large;
 #[path = "../reference/mod.rs"]

@@ -44,7 +44,7 @@ fn encode<const D: u8, const STORED: usize>(run: &mut Columns<'_>) -> Option<u64
     unsafe {
         while at + 64 <= n {
             let place = run.values.as_ptr().add(at * size(D));
-            prefetch::<D>(place);
+            prefetch::<D, 64>(place);
             let x = load64::<D>(place);
             let factor = load64::<F32>(factors.add(4 * at));
             let mut codes = [none; 4];
@@ -52,7 +52,7 @@ fn encode<const D: u8, const STORED: usize>(run: &mut Columns<'_>) -> Option<u64
                 top = top_of(top, x[i]);
                 codes[i] = code(x[i], factor[i], recip, _mm512_loadu_si512(zeros.add(at + 16 * i).cast()));
             }
-            store::<STORED>(clamp.codes::<STORED>(codes, none), out.add(at * STORED / 8), stream);
+            store::<STORED>(clamp.codes::<STORED>(codes, [none; 2]), out.add(at * STORED / 8), stream);
             at += 64;
         }
         if at < n {
@@ -67,7 +67,7 @@ fn encode<const D: u8, const STORED: usize>(run: &mut Columns<'_>) -> Option<u64
                 let code = code(x[i], factor[i], recip, _mm512_castps_si512(zero[i]));
                 codes[i] = _mm512_maskz_mov_epi32(used, code);
             }
-            store_part::<STORED>(clamp.codes::<STORED>(codes, none), n - at, out.add(at * STORED / 8));
+            store_part::<STORED>(clamp.codes::<STORED>(codes, [none; 2]), n - at, out.add(at * STORED / 8));
         }
     }
     if stream {
@@ -105,7 +105,7 @@ fn merge<const D: u8>(run: &mut Widen<'_>) -> bool {
         let mut top = _mm512_setzero_si512();
         for at in (0..n).step_by(64) {
             let place = run.values.as_ptr().add(at * size(D));
-            prefetch::<D>(place);
+            prefetch::<D, 64>(place);
             let x = if at + 64 <= n { load64::<D>(place) } else { load_block::<D>(place, n - at) };
             top = top_of(top_of(top_of(top_of(top, x[0]), x[1]), x[2]), x[3]);
         }

@@ -46,24 +46,34 @@ pub(super) unsafe fn load_block<const D: u8>(from: *const u8, n: usize) -> [__m5
     let mut block = [_mm512_setzero_ps(); 4];
     for (i, x) in block.iter_mut().enumerate() {
         let left = n.saturating_sub(16 * i);
-        let at = from.wrapping_add(16 * i * size(D));
         if left == 0 {
             break;
         }
-        let mask = if left < 16 { (1u16 << left) - 1 } else { u16::MAX };
-        // SAFETY: masked lanes are not read, and the others lie inside the `n` values.
-        *x = unsafe {
-            match D {
-                BF16 => {
-                    let wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at.cast()));
-                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
-                }
-                F16 => _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, at.cast())),
-                _ => _mm512_maskz_loadu_ps(mask, at.cast()),
-            }
-        };
+        // SAFETY: they lie inside the `n` values.
+        *x = unsafe { load_part::<D>(from.wrapping_add(16 * i * size(D)), left.min(16)) };
     }
     block
+}
+
+/// The first `n` values, and zeros.
+///
+/// # Safety
+/// `from` is readable for `n` values, at most 16.
+#[inline]
+#[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
+pub(super) unsafe fn load_part<const D: u8>(from: *const u8, n: usize) -> __m512 {
+    let mask = ((1u32 << n) - 1) as u16;
+    // SAFETY: masked lanes are not read.
+    unsafe {
+        match D {
+            BF16 => {
+                let wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from.cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+            }
+            F16 => _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from.cast())),
+            _ => _mm512_maskz_loadu_ps(mask, from.cast()),
+        }
+    }
 }
 
 /// A whole block.
@@ -85,12 +95,12 @@ pub(super) unsafe fn load64<const D: u8>(from: *const u8) -> [__m512; 4] {
     }
 }
 
-/// Asks for the lines one page ahead of the block at `from`: the hardware's prefetchers stop at every page.
+/// Asks for the lines one page ahead of `N` values at `from`: the hardware's prefetchers stop at every page.
 #[inline]
 #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
 #[allow(unused_unsafe, reason = "the intrinsic became a safe function")]
-pub(super) fn prefetch<const D: u8>(from: *const u8) {
-    for line in 0..size(D) {
+pub(super) fn prefetch<const D: u8, const N: usize>(from: *const u8) {
+    for line in 0..(N * size(D)).div_ceil(64) {
         // SAFETY: a prefetch never faults, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(4096 + 64 * line).cast()) };
     }
@@ -131,13 +141,14 @@ impl Clamp {
         Self { lo: _mm512_set1_epi16(qmin as i16), hi: _mm512_set1_epi16(qmax as i16), clipped: 0 }
     }
 
-    /// The codes of 64 rounded quotients, one a byte, in order. `zero` are zero points of 16 bits.
+    /// The codes of 64 rounded quotients, one a byte, in order. `zero` are zero points of 16 bits, packed as the
+    /// quotients of the first half are, and those of the second.
     #[inline]
     #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
-    pub(super) fn codes<const STORED: usize>(&mut self, whole: [__m512i; 4], zero: __m512i) -> __m512i {
+    pub(super) fn codes<const STORED: usize>(&mut self, whole: [__m512i; 4], zero: [__m512i; 2]) -> __m512i {
         let [a, b, c, d] = whole;
-        let ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), zero);
-        let cd = _mm512_adds_epi16(_mm512_packs_epi32(c, d), zero);
+        let ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), zero[0]);
+        let cd = _mm512_adds_epi16(_mm512_packs_epi32(c, d), zero[1]);
         let low = _mm512_max_epi16(_mm512_min_epi16(ab, self.hi), self.lo);
         let high = _mm512_max_epi16(_mm512_min_epi16(cd, self.hi), self.lo);
         let moved = (_mm512_cmpneq_epi16_mask(ab, low), _mm512_cmpneq_epi16_mask(cd, high));
