@@ -53,7 +53,7 @@ fn encode<const D: u8, const STORED: usize>(run: &mut Columns<'_>) -> Option<u64
                 top = top_of(top, x[i]);
                 codes[i] = code(x[i], factor[i], recip, _mm256_loadu_si256(zeros.add(at + 8 * i).cast()));
             }
-            store::<STORED>(clamp.codes::<STORED>(codes, none), out.add(at * STORED / 8), stream);
+            store::<STORED>(clamp.codes::<STORED>(codes, [none; 2]), out.add(at * STORED / 8), stream);
             at += 32;
         }
         if at < n {
@@ -68,7 +68,7 @@ fn encode<const D: u8, const STORED: usize>(run: &mut Columns<'_>) -> Option<u64
                 let code = code(x[i], factor[i], recip, _mm256_castps_si256(zero[i]));
                 codes[i] = _mm256_and_si256(code, _mm256_castps_si256(used));
             }
-            store_part::<STORED>(clamp.codes::<STORED>(codes, none), n - at, out.add(at * STORED / 8));
+            store_part::<STORED>(clamp.codes::<STORED>(codes, [none; 2]), n - at, out.add(at * STORED / 8));
         }
     }
     if stream {

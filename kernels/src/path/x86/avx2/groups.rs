@@ -8,13 +8,17 @@ use super::lanes::{
     BF16, Clamp, F16, F32, finite, load_block, load32, plain, prefetch, size, store, store_part, top_of,
     whole,
 };
-use crate::path::TileRange;
+use super::ranges::{LANES, find_params, per_block};
 use crate::path::groups::{Done, Groups, code_bytes};
-use crate::scheme::{Arith, Mapping, Range};
-use crate::values::{FloatType, Values};
+use crate::scheme::{Arith, Mapping};
+use crate::values::FloatType;
 
-/// Values whose ranges are sought before the first of their codes: they stay in the nearest cache.
-const AHEAD: usize = 4096;
+/// Values whose ranges are sought before the first of their codes: they stay in the nearest cache, and are so few that
+/// the processor works on the next ones while codes wait for divisions.
+const AHEAD: usize = 1024;
+
+/// The same where values come from memory: it is faster where it is read for longer before codes are written to it.
+const FAR_AHEAD: usize = 8192;
 
 /// Quantizes groups; the [`crate::path::Kernels`] entry.
 #[target_feature(enable = "avx2,f16c,popcnt")]
@@ -25,22 +29,6 @@ pub(super) fn groups(run: &mut Groups<'_>) -> Done {
         FloatType::F16 => by_bits::<F16>(run),
         FloatType::F64 => Done::default(),
     }
-}
-
-/// The range of values; the [`crate::path::Kernels`] entry.
-#[target_feature(enable = "avx2,f16c,popcnt")]
-pub(super) fn range_of(values: Values<'_>) -> TileRange {
-    let (from, len) = (values.as_ptr(), values.len());
-    // SAFETY: `Values` are readable for their length.
-    let range = unsafe {
-        match values.dtype() {
-            FloatType::F32 => range::<F32, false>(from, len),
-            FloatType::Bf16 => range::<BF16, false>(from, len),
-            FloatType::F16 => range::<F16, false>(from, len),
-            FloatType::F64 => None,
-        }
-    };
-    TileRange { range: range.unwrap_or_default(), finite: range.is_some() }
 }
 
 #[target_feature(enable = "avx2,f16c,popcnt")]
@@ -57,35 +45,78 @@ fn by_bits<const D: u8>(run: &mut Groups<'_>) -> Done {
 
 #[target_feature(enable = "avx2,f16c,popcnt")]
 fn each<const D: u8, const STORED: usize, const GIVEN: bool>(run: &mut Groups<'_>) -> Done {
-    let (n, len, stride) = (run.scales.len(), run.len, code_bytes(run.len, run.stored));
-    let aligned = (run.codes.as_ptr() as usize | stride).is_multiple_of(4 * STORED);
-    let stream = run.stream && aligned;
     // A scale of the group's own leaves nothing to clip in -127..=127: |x / s| < 127.5.
     let exact = !GIVEN && STORED == 8 && run.affine.mapping == Mapping::Symmetric && run.affine.qmin == -127;
-    let ahead = if GIVEN { n } else { (AHEAD / len).clamp(1, 16) };
+    // A reciprocal costs a small group as much as a division of all its values.
+    let small = if run.affine.arith == Arith::Div { run.len } else { 0 };
+    match (small, exact) {
+        (16, true) => small_groups::<D, STORED, GIVEN, true, 16>(run),
+        (32, true) => small_groups::<D, STORED, GIVEN, true, 32>(run),
+        (_, true) => blocks::<D, STORED, GIVEN, true, 0>(run),
+        (16, false) => small_groups::<D, STORED, GIVEN, false, 16>(run),
+        (32, false) => small_groups::<D, STORED, GIVEN, false, 32>(run),
+        (_, false) => blocks::<D, STORED, GIVEN, false, 0>(run),
+    }
+}
+
+/// Groups of `LEN` values, by blocks; singly those that are left or share a block with one that needs a closer look.
+#[target_feature(enable = "avx2,f16c,popcnt")]
+fn small_groups<const D: u8, const STORED: usize, const GIVEN: bool, const EXACT: bool, const LEN: usize>(
+    run: &mut Groups<'_>,
+) -> Done {
+    let mut done = blocks::<D, STORED, GIVEN, EXACT, LEN>(run);
+    if done.groups < run.scales.len() {
+        done.add(blocks::<D, STORED, GIVEN, EXACT, 0>(&mut run.rest(done.groups)));
+    }
+    done
+}
+
+/// Groups, as many at a time as make a block of those of `LEN` values, or one where that is 0.
+#[target_feature(enable = "avx2,f16c,popcnt")]
+fn blocks<const D: u8, const STORED: usize, const GIVEN: bool, const EXACT: bool, const LEN: usize>(
+    run: &mut Groups<'_>,
+) -> Done {
+    let per = per_block(LEN);
+    let (n, stride) = (run.scales.len() / per * per, per * code_bytes(run.len, run.stored));
+    let aligned = (run.codes.as_ptr() as usize | stride).is_multiple_of(4 * STORED);
+    let stream = run.stream && aligned;
+    let ahead = if run.stream { FAR_AHEAD } else { AHEAD };
+    let batch = (ahead / run.len).clamp(1, LANES);
+    let early = !run.stream && run.len <= 4 * AHEAD;
     let mut clamp = Clamp::new(run.affine.qmin, run.affine.qmax);
     let mut done = Done::default();
-    'all: while done.groups < n {
-        let batch = ahead.min(n - done.groups);
-        let ready = if GIVEN { batch } else { find_params::<D>(run, &mut done, batch) };
-        for _ in 0..ready {
+    // Groups whose parameters are known, and those for which they were sought: one had none where these differ.
+    let (mut known, mut sought) = if GIVEN { (n, n) } else { (0, 0) };
+    'all: loop {
+        // Early, they are sought before the codes of the batch in front, which then need not wait for them.
+        let mut end = known;
+        if known == sought && sought < n {
+            sought = n.min(known + batch);
+            let (found, degenerate) = find_params::<D, LEN>(run, known, sought - known);
+            known += found;
+            done.degenerate += degenerate;
+        }
+        if !early {
+            end = known;
+        }
+        while done.groups < end {
             let before = clamp.clipped;
-            let codes = run.codes[done.groups * stride..][..stride].as_mut_ptr();
-            // SAFETY: `Groups` promises `len` readable values for each of its groups, and `codes` has room for theirs.
+            let codes = run.codes[done.groups / per * stride..][..stride].as_mut_ptr();
+            // SAFETY: `codes` has room for those of `per` groups.
             let finite = unsafe {
-                if exact {
-                    encode::<D, STORED, GIVEN, true>(run, done.groups, codes, stream, &mut clamp)
+                if LEN > 0 {
+                    together::<D, STORED, GIVEN, EXACT, LEN>(run, done.groups, codes, stream, &mut clamp)
                 } else {
-                    encode::<D, STORED, GIVEN, false>(run, done.groups, codes, stream, &mut clamp)
+                    encode::<D, STORED, GIVEN, EXACT>(run, done.groups, codes, stream, &mut clamp)
                 }
             };
             if GIVEN && !finite {
                 clamp.clipped = before;
                 break 'all;
             }
-            done.groups += 1;
+            done.groups += per;
         }
-        if ready < batch {
+        if done.groups == known && (known < sought || known == n) {
             break;
         }
     }
@@ -97,32 +128,45 @@ fn each<const D: u8, const STORED: usize, const GIVEN: bool>(run: &mut Groups<'_
     done
 }
 
-/// Parameters of up to `batch` groups after those done; of how many they were found. Several groups at a time: one's
-/// parameters then need not wait for its range, nor its codes for them.
+/// Codes of a block of groups of `LEN` values; whether all are finite, where their parameters are given.
+///
+/// # Safety
+/// `out` has room for them.
 #[inline]
 #[target_feature(enable = "avx2,f16c,popcnt")]
-fn find_params<const D: u8>(run: &mut Groups<'_>, done: &mut Done, batch: usize) -> usize {
-    let rule = run.affine.rule();
-    let symmetric = run.affine.mapping == Mapping::Symmetric;
-    let mut ranges = [Range::EMPTY; 16];
-    let mut found = 0;
-    for at in ranges.iter_mut().take(batch) {
-        // SAFETY: `Groups` promises `len` readable values for each of its groups.
-        let range = unsafe {
-            let from = run.values.as_ptr().add((done.groups + found) * run.len * size(D));
-            if symmetric { range::<D, true>(from, run.len) } else { range::<D, false>(from, run.len) }
-        };
-        let Some(range) = range else { break };
-        *at = range;
-        found += 1;
+unsafe fn together<
+    const D: u8,
+    const STORED: usize,
+    const GIVEN: bool,
+    const EXACT: bool,
+    const LEN: usize,
+>(
+    run: &Groups<'_>,
+    group: usize,
+    out: *mut u8,
+    stream: bool,
+    clamp: &mut Clamp,
+) -> bool {
+    let (scales, zero_points) =
+        (&run.scales[group..][..per_block(LEN)], &run.zero_points[group..][..per_block(LEN)]);
+    // SAFETY: `Groups` promises `len` readable values for each of its groups.
+    let (x, place) = unsafe {
+        let place = run.values.as_ptr().add(group * LEN * size(D));
+        (load32::<D>(place), place)
+    };
+    let [low, high] =
+        [0, 16 / LEN].map(|i| (_mm256_set1_ps(scales[i]), _mm256_set1_epi16(zero_points[i] as i16)));
+    let [a, b] = [x[0], x[1]].map(|x| whole(_mm256_div_ps(x, low.0)));
+    let [c, d] = [x[2], x[3]].map(|x| whole(_mm256_div_ps(x, high.0)));
+    let bytes =
+        if EXACT { plain([a, b, c, d]) } else { clamp.codes::<STORED>([a, b, c, d], [low.1, high.1]) };
+    // SAFETY: `out` by contract.
+    unsafe { store::<STORED>(bytes, out, stream) };
+    if !GIVEN {
+        return true;
     }
-    for (i, range) in ranges.iter().enumerate().take(found) {
-        let Some((scale, zero_point, degenerate)) = rule.params(*range) else { return i };
-        run.scales[done.groups + i] = scale;
-        run.zero_points[done.groups + i] = zero_point;
-        done.degenerate += u64::from(degenerate);
-    }
-    found
+    prefetch::<D>(place);
+    finite(top_of(top_of(top_of(top_of(_mm256_setzero_si256(), x[0]), x[1]), x[2]), x[3]))
 }
 
 /// Codes of one group; whether its values are finite, where its parameters are given.
@@ -141,7 +185,7 @@ unsafe fn encode<const D: u8, const STORED: usize, const GIVEN: bool, const EXAC
     let (len, recip) = (run.len, run.affine.arith == Arith::Recip);
     let (scale, zero_point) = (run.scales[group], run.zero_points[group]);
     let factor = _mm256_set1_ps(if recip { 1.0 / scale } else { scale });
-    let zero = _mm256_set1_epi16(zero_point as i16);
+    let zero = [_mm256_set1_epi16(zero_point as i16); 2];
     let mut top = _mm256_setzero_si256();
     let mut at = 0;
     // SAFETY: `Groups` promises `len` readable values for each of its groups; `out` by contract.
@@ -201,60 +245,4 @@ fn divided(x: [__m256; 4], factor: __m256, recip: bool) -> [__m256i; 4] {
             whole(_mm256_div_ps(d, by)),
         ]
     }
-}
-
-/// `None` where a value is not finite.
-///
-/// # Safety
-/// `from` is readable for `len` values.
-#[inline]
-#[target_feature(enable = "avx2,f16c,popcnt")]
-unsafe fn range<const D: u8, const SYMMETRIC: bool>(from: *const u8, len: usize) -> Option<Range> {
-    let mut top = [_mm256_setzero_si256(); 4];
-    let mut min = [_mm256_setzero_ps(); 4];
-    let mut max = [_mm256_setzero_ps(); 4];
-    let mut at = 0;
-    while at < len {
-        let place = from.wrapping_add(at * size(D));
-        prefetch::<D>(place);
-        // SAFETY: the block, or what is left of it, lies inside the `len` values.
-        let x = unsafe {
-            if at + 32 <= len {
-                load32::<D>(place)
-            } else if len >= 32 {
-                // Seeing a value twice changes nothing.
-                load32::<D>(from.add((len - 32) * size(D)))
-            } else {
-                load_block::<D>(place, len)
-            }
-        };
-        for i in 0..4 {
-            top[i] = top_of(top[i], x[i]);
-            if !SYMMETRIC {
-                min[i] = _mm256_min_ps(x[i], min[i]);
-                max[i] = _mm256_max_ps(x[i], max[i]);
-            }
-        }
-        at += 32;
-    }
-    let top = _mm256_max_epu32(_mm256_max_epu32(top[0], top[1]), _mm256_max_epu32(top[2], top[3]));
-    if !finite(top) {
-        return None;
-    }
-    if SYMMETRIC {
-        let top = _mm_max_epu32(_mm256_castsi256_si128(top), _mm256_extracti128_si256::<1>(top));
-        let top = _mm_max_epu32(top, _mm_shuffle_epi32::<0b01_00_11_10>(top));
-        let top = _mm_max_epu32(top, _mm_shuffle_epi32::<0b10_11_00_01>(top));
-        let top = _mm_cvtsi128_si32(top) as u32;
-        return Some(Range { min: 0.0, max: f32::from_bits(top) });
-    }
-    let min = _mm256_min_ps(_mm256_min_ps(min[0], min[1]), _mm256_min_ps(min[2], min[3]));
-    let max = _mm256_max_ps(_mm256_max_ps(max[0], max[1]), _mm256_max_ps(max[2], max[3]));
-    let min = _mm_min_ps(_mm256_castps256_ps128(min), _mm256_extractf128_ps::<1>(min));
-    let max = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps::<1>(max));
-    let min = _mm_min_ps(min, _mm_movehl_ps(min, min));
-    let max = _mm_max_ps(max, _mm_movehl_ps(max, max));
-    let min = _mm_min_ss(min, _mm_movehdup_ps(min));
-    let max = _mm_max_ss(max, _mm_movehdup_ps(max));
-    Some(Range { min: _mm_cvtss_f32(min), max: _mm_cvtss_f32(max) })
 }

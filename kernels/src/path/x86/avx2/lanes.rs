@@ -117,10 +117,11 @@ impl Clamp {
         Self { lo: _mm256_set1_epi16(qmin as i16), hi: _mm256_set1_epi16(qmax as i16), clipped: 0 }
     }
 
-    /// The codes of 32 rounded quotients, one a byte, in order. `zero` are zero points of 16 bits.
+    /// The codes of 32 rounded quotients, one a byte, in order. `zero` are zero points of 16 bits, packed as the
+    /// quotients of the first half are, and those of the second.
     #[inline]
     #[target_feature(enable = "avx2,f16c,popcnt")]
-    pub(super) fn codes<const STORED: usize>(&mut self, whole: [__m256i; 4], zero: __m256i) -> __m256i {
+    pub(super) fn codes<const STORED: usize>(&mut self, whole: [__m256i; 4], zero: [__m256i; 2]) -> __m256i {
         let (bytes, kept) = self.narrow::<STORED>(whole, zero);
         self.clipped += u64::from((_mm256_movemask_epi8(kept) as u32).count_zeros());
         in_order(bytes)
@@ -132,7 +133,7 @@ impl Clamp {
     pub(super) fn last_codes<const STORED: usize>(
         &mut self,
         whole: [__m256i; 4],
-        zero: __m256i,
+        zero: [__m256i; 2],
         new: usize,
     ) -> __m256i {
         let (bytes, kept) = self.narrow::<STORED>(whole, zero);
@@ -144,9 +145,13 @@ impl Clamp {
     /// Codes and whether they were inside the bounds, in the order of the packs.
     #[inline]
     #[target_feature(enable = "avx2,f16c,popcnt")]
-    fn narrow<const STORED: usize>(&self, [a, b, c, d]: [__m256i; 4], zero: __m256i) -> (__m256i, __m256i) {
-        let ab = _mm256_adds_epi16(_mm256_packs_epi32(a, b), zero);
-        let cd = _mm256_adds_epi16(_mm256_packs_epi32(c, d), zero);
+    fn narrow<const STORED: usize>(
+        &self,
+        [a, b, c, d]: [__m256i; 4],
+        zero: [__m256i; 2],
+    ) -> (__m256i, __m256i) {
+        let ab = _mm256_adds_epi16(_mm256_packs_epi32(a, b), zero[0]);
+        let cd = _mm256_adds_epi16(_mm256_packs_epi32(c, d), zero[1]);
         let low = _mm256_max_epi16(_mm256_min_epi16(ab, self.hi), self.lo);
         let high = _mm256_max_epi16(_mm256_min_epi16(cd, self.hi), self.lo);
         let kept = _mm256_packs_epi16(_mm256_cmpeq_epi16(ab, low), _mm256_cmpeq_epi16(cd, high));

@@ -6,6 +6,7 @@ mod columns;
 mod decode;
 mod groups;
 mod lanes;
+mod ranges;
 mod sums;
 
 use crate::path::groups::Hand;
@@ -13,7 +14,7 @@ use crate::path::groups::Hand;
 pub(super) static HAND: Hand = Hand {
     groups: groups::groups,
     columns: columns::columns,
-    range: groups::range_of,
+    range: ranges::range_of,
     widen: columns::widen,
     decode: decode::decode,
     sums: sums::sums,
