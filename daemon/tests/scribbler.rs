@@ -17,6 +17,7 @@ use raw::{Client, Lane, Raw, Table, daemon, layer, pause, released, rows_of, tab
 use shmquant_daemon::Daemon;
 use shmquant_kernels::{Granularity, Scheme};
 use shmquant_protocol::chunks::MIN_WINDOW;
+use shmquant_protocol::descriptor::{Body, Way};
 use shmquant_protocol::message::{
     ErrorCode, Extent, MAX_FRAME, MINOR, Message, NO_TIMEOUT, Quantize, Release, Target,
 };
@@ -259,7 +260,7 @@ fn windows_that_change_and_vanish_while_they_are_read() {
     let daemon = daemon(|c| c.budget = Some(512 << 20));
     // One that fits the window, one that is streamed, one that takes two passes in place, one streamed twice; rows
     // whose errors are counted, groups whose parameters come from values that have changed by the time they are used.
-    let mut tables = [
+    let mut tables = vec![
         layer(512 << 10),
         layer(4 << 20),
         table(Scheme::Int4, Granularity::Tensor, &[(2048, 256)]),
@@ -275,6 +276,16 @@ fn windows_that_change_and_vanish_while_they_are_read() {
             _ => shmquant_kernels::OnNonFinite::Error,
         };
     }
+    // The same by clients that encode, or say so.
+    let encoded = tables.clone().into_iter().map(|mut table| {
+        for item in &mut table.descriptor.items {
+            if let Body::Values(values) = &mut item.body {
+                values.way = Way::Encoded;
+            }
+        }
+        table
+    });
+    tables.extend(encoded.collect::<Vec<_>>());
     let total = Mutex::new(Outcomes::default());
     beside(&daemon, |time| {
         std::thread::scope(|scope| {

@@ -14,7 +14,7 @@ use shmquant_daemon::job::{Job, Sources};
 use shmquant_daemon::memory::Memory;
 use shmquant_daemon::plan::Plan;
 use shmquant_protocol::chunks::{CHUNK_BYTES, Chunk, ChunkList, MIN_RING, MIN_WINDOW};
-use shmquant_protocol::descriptor::{Body, Descriptor};
+use shmquant_protocol::descriptor::{Body, Descriptor, Item, Way};
 use shmquant_protocol::message::{ErrorCode, MAX_FRAME, Message};
 
 use crate::tables::Heap;
@@ -165,7 +165,17 @@ pub(crate) fn planner(data: &[u8]) {
                         .for_each(|c| c.to_data().validate_full().expect("valid Arrow data"));
                 }
             }
-            Err(failure) => assert_eq!(failure.code, ErrorCode::InvalidInput, "{failure:?}"),
+            Err(failure) => {
+                let lies = plan.descriptor().items.iter().any(is_encoded);
+                let refused =
+                    failure.code == ErrorCode::InvalidInput || (lies && failure.code == ErrorCode::Protocol);
+                assert!(refused, "{failure:?}");
+            }
         }
     }
+}
+
+/// Whether its codes are what the client says they are.
+fn is_encoded(item: &Item) -> bool {
+    matches!(&item.body, Body::Values(values) if values.way == Way::Encoded)
 }

@@ -345,6 +345,7 @@ impl Running {
 }
 
 /// Layers of f32 values.
+#[derive(Clone)]
 pub(crate) struct Table {
     pub(crate) descriptor: Descriptor,
     pub(crate) values: Vec<Vec<f32>>,

@@ -277,3 +277,118 @@ impl Passes {
         self.params.get_or_init(make).as_ref()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use shmquant_kernels::{FloatType, Granularity, OnNonFinite, Scheme};
+
+    use super::*;
+    use crate::chunks::MIN_WINDOW;
+    use crate::descriptor::{Item, Role, TableKind};
+
+    /// One layer of f32, in one piece or to be gathered.
+    struct Layer {
+        descriptor: Descriptor,
+        bytes: Vec<u8>,
+        in_one_piece: bool,
+    }
+
+    impl Source for Layer {
+        fn descriptor(&self) -> &Descriptor {
+            &self.descriptor
+        }
+
+        fn fill(&self, chunk: &Chunk, out: &mut [u8]) {
+            let start = chunk.first as usize * 4;
+            out.copy_from_slice(&self.bytes[start..start + out.len()]);
+        }
+
+        fn slice(&self, _: usize, bytes: std::ops::Range<u64>) -> Option<&[u8]> {
+            self.bytes.get(bytes.start as usize..bytes.end as usize).filter(|_| self.in_one_piece)
+        }
+    }
+
+    fn layer(values: &[f32], k: u64, granularity: Granularity, in_one_piece: bool) -> Layer {
+        let affine = Some(Affine::new(Scheme::Int8, None).unwrap());
+        let spec =
+            Spec { affine, granularity, on_nonfinite: OnNonFinite::Error, packed: false, group_size: 0 };
+        let body = Body::Values(Values {
+            role: Role::Layer,
+            spec: 0,
+            dtype: FloatType::F32,
+            null: false,
+            rows: values.len() as u64 / k,
+            k,
+            null_count: 0,
+            shape: vec![],
+            params: None,
+            way: Way::Encoded,
+        });
+        let descriptor = Descriptor {
+            table: TableKind::Layers { large_names: false },
+            metrics: false,
+            continue_on_error: false,
+            specs: vec![spec],
+            metadata: Default::default(),
+            rows: 1,
+            items: vec![Item { name: "layer".to_owned(), body }],
+        };
+        let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Layer { descriptor, bytes, in_one_piece }
+    }
+
+    /// What crosses of all chunks.
+    fn found(layer: &Layer) -> Vec<Vec<u8>> {
+        let list = ChunkList::new(&layer.descriptor, 0, MIN_WINDOW);
+        let encoding = Encoding::new(layer, &list);
+        let write = |chunk: &Chunk| {
+            let mut out = vec![0xA5; chunk.bytes as usize];
+            encoding.write(chunk, &mut out);
+            out
+        };
+        list.chunks.iter().map(write).collect()
+    }
+
+    #[test]
+    fn gathered_values_are_encoded_like_those_in_place() {
+        let values: Vec<f32> = (0..600_000i64).map(|i| ((i * 7919) % 2003) as f32 / 1000.0 - 1.0).collect();
+        for granularity in [Granularity::Row, Granularity::Tensor, Granularity::Dimension] {
+            let of = |in_one_piece| found(&layer(&values, 600, granularity, in_one_piece));
+            assert!(of(true) == of(false), "{granularity}");
+        }
+    }
+
+    #[test]
+    fn a_fault_of_the_first_pass_is_told_once() {
+        let mut values = vec![1.0; 600_000];
+        values[400_000] = f32::NAN;
+        let found = found(&layer(&values, 600, Granularity::Tensor, true));
+        let fault = |bytes: &Vec<u8>| u64::from_le_bytes(bytes[80..88].try_into().unwrap());
+        // Three Scan chunks, of which the second one has it, and three Encode chunks that say nothing.
+        assert_eq!(found.iter().map(fault).collect::<Vec<_>>(), [0, 1, 0, 0, 0, 0]);
+    }
+
+    /// Denormals are numbers here, too, whatever the host process has told the processor.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    #[allow(unsafe_code, reason = "the mode register is reached by assembly only")]
+    fn a_thread_that_flushes_denormals_finds_the_same() {
+        let tiny = f32::MIN_POSITIVE;
+        // A scale of 2^-126, and values below that are most of a step.
+        let values: Vec<f32> =
+            (0..1024).map(|i| if i % 16 == 0 { 127.0 * tiny } else { 0.75 * tiny }).collect();
+        let layer = layer(&values, 16, Granularity::Row, true);
+        let expected = found(&layer);
+        let mut mode = 0u32;
+        // SAFETY: stores the register in a variable of its size.
+        unsafe { std::arch::asm!("stmxcsr [{}]", in(reg) &raw mut mode, options(nostack)) };
+        let flushing = mode | 1 << 15 | 1 << 6;
+        // SAFETY: a mode that this thread had but for two defined bits.
+        unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const flushing, options(nostack, readonly)) };
+        let flushed = found(&layer);
+        // SAFETY: the mode that was there.
+        unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const mode, options(nostack, readonly)) };
+        assert!(flushed == expected);
+        assert!(expected[0][HEADER..].starts_with(&[127, 1, 1]));
+    }
+}
