@@ -6,8 +6,8 @@ use arrow_array::RecordBatch;
 use arrow_schema::SchemaRef;
 use serde::{Deserialize, Serialize};
 use shmquant_kernels::{
-    Affine, Fault, Granularity, Mapping, OnNonFinite, Range, Scheme, Values as Floats, params_from_range,
-    scan,
+    Affine, Fault, Granularity, Mapping, NoFlushing, OnNonFinite, Range, Scheme, Values as Floats,
+    params_from_range, scan,
 };
 
 use crate::chunks::{Action, CHUNK_BYTES, Chunk};
@@ -356,6 +356,7 @@ fn ranges(
     let elements = values.elements();
     let mut scratch = vec![0; (run.min(elements) * size) as usize];
     let mut fault: Option<Fault> = None;
+    let _exact = NoFlushing::new();
     let mut first = 0;
     while first < elements {
         let count = run.min(elements - first);

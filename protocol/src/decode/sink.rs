@@ -5,7 +5,7 @@ use std::sync::Arc;
 use arrow_array::{ArrayRef, Float16Array, Float32Array, Float64Array};
 use arrow_buffer::Buffer;
 use half::{bf16, f16};
-use shmquant_kernels::{Affine, FloatType, Layout, ZeroPoints, decode};
+use shmquant_kernels::{Affine, FloatType, Layout, NoFlushing, ZeroPoints, decode};
 
 use super::DecodeError;
 use crate::table::{Details, InputError};
@@ -42,6 +42,7 @@ impl Sink {
 
     /// Decodes a whole item. The slices have the lengths that `layout` asks for: the caller has compared them.
     pub(super) fn decode(&mut self, codes: &[u8], layout: &Layout, affine: &Affine, params: &Params<'_>) {
+        let _exact = NoFlushing::new();
         let elements = layout.elements();
         if let Self::F32(out) = self {
             let start = out.len();

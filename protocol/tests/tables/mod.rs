@@ -29,7 +29,8 @@ pub fn crossed(table: &Table) -> Vec<Crossed> {
     table.descriptor().encode(&mut bytes).expect("every column can be kept");
     // The daemon's checks hold for whatever a table says.
     assert_eq!(&Descriptor::decode(&bytes).expect("the daemon reads it"), table.descriptor());
-    let list = ChunkList::new(table.descriptor(), bytes.len() as u64, MIN_WINDOW);
+    // As if all of it crossed: that is what is encoded, wherever that is done.
+    let list = ChunkList::new(&table.descriptor().streamed(), bytes.len() as u64, MIN_WINDOW);
     let mut items: Vec<Crossed> = table.descriptor().items.iter().map(|_| Crossed::default()).collect();
     let mut again: Vec<Vec<u8>> = items.iter().map(|_| Vec::new()).collect();
     for chunk in &list.chunks {
