@@ -30,8 +30,8 @@ use crate::shared;
 
 /// Requests of at most so many bytes run on the lane's own thread: waking a worker costs more.
 const INLINE: u64 = 256 << 10;
-/// What the rings of all requests that stream at once should take together: half of a common last-level cache. With rings of
-/// 16 MiB each, the values of eight clients went to memory and back between copying and reading.
+/// What the rings of all requests that stream at once should take together: half of a common last-level cache. Where it is
+/// more, what crosses goes to memory and back between being written and being read.
 const RINGS: u64 = 16 << 20;
 /// The largest ring beside others, who have something to do whenever this one waits. Who is alone does not, and uses the whole window.
 const LARGEST_RING: u64 = 4 << 20;

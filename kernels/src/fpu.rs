@@ -81,12 +81,13 @@ fn set(mode: Mode) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: loads MXCSR with a value that it had but for two bits, which is valid.
     unsafe {
-        std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const mode, options(nostack, readonly));
+        // What computes must not be moved across: no option says that memory is left alone.
+        std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const mode, options(nostack));
     }
     #[cfg(target_arch = "aarch64")]
     // SAFETY: writes FPCR with a value that it had but for two bits, which is valid.
     unsafe {
-        std::arch::asm!("msr fpcr, {}", in(reg) mode, options(nomem, nostack));
+        std::arch::asm!("msr fpcr, {}", in(reg) mode, options(nostack));
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = mode;

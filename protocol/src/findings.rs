@@ -14,12 +14,12 @@ use crate::descriptor::{Spec, Values};
 /// Bytes of the counts at a chunk's start.
 pub const HEADER: usize = 128;
 
-/// Elements that a parameter has to cover, so that findings are smaller than values.
+/// Elements that a parameter of a row or group has to cover.
 const SHARING: u64 = 8;
 /// Most ranges of one chunk.
 const MOST_RANGES: u64 = 1 << 16;
 
-/// Whether what is found in any chunk of these values takes less room than the chunk itself.
+/// Whether what is found in any chunk of these values has room in the place of a chunk: each parameter has values enough.
 pub fn fit(values: &Values, spec: &Spec) -> bool {
     let groups = values.layout(spec).groups_per_row();
     spec.affine.is_some()
@@ -173,7 +173,7 @@ impl Found {
     }
 }
 
-/// Appends ranges as they cross.
+/// Writes ranges as they cross.
 pub fn write_ranges(ranges: &[Extremes], out: &mut [u8]) {
     for (out, range) in out.as_chunks_mut::<8>().0.iter_mut().zip(ranges) {
         let (min, max) = out.split_at_mut(4);
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn findings_are_smaller_than_values_wherever_they_fit() {
+    fn findings_have_room_in_a_chunk_wherever_they_fit() {
         for dtype in [FloatType::F16, FloatType::F32, FloatType::F64] {
             let most = CHUNK_BYTES / dtype.size() as u64;
             for (scheme, packed) in [(Scheme::Int8, false), (Scheme::UInt8, false), (Scheme::UInt2, true)] {

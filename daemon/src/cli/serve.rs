@@ -31,7 +31,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: Option<u16>,
 
-    /// Memory through which values cross, for each thread of a client [default: 16MiB]
+    /// Memory through which codes and columns cross, for each thread of a client [default: 8MiB]
     #[arg(long, value_parser = units::parse_bytes, value_name = "SIZE")]
     window: Option<u64>,
 

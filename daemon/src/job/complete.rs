@@ -26,18 +26,23 @@ pub(super) fn complete(job: &Job, whole: Whole<'_>) -> Result<Complete, Failure>
     let descriptor = plan.descriptor();
     let tolerant = descriptor.continue_on_error && descriptor.table != TableKind::Columns;
     let mut outcomes: Vec<Outcome> = Vec::with_capacity(descriptor.items.len());
+    let mut faulty = None;
     for (index, item) in descriptor.items.iter().enumerate() {
         let outcome = match plan.values(index) {
             Some((values, spec, _)) => {
                 let outcome = fold(job, index, values, spec)?;
-                if let (false, Some((fault, count))) = (tolerant, &outcome.fault) {
-                    return Err(fault::failure(index, item, values, fault, *count));
+                if let (false, None, Some((fault, count))) = (tolerant, &faulty, &outcome.fault) {
+                    faulty = Some(fault::failure(index, item, values, fault, *count));
                 }
                 outcome
             }
             None => Outcome::default(),
         };
         outcomes.push(outcome);
+    }
+    // When all have been looked at: a client that breaks the rules is told that first.
+    if let Some(failure) = faulty {
+        return Err(failure);
     }
     let mut writer = Writer::new(plan, whole);
     let mut embedded: HashMap<usize, Params> = HashMap::new();

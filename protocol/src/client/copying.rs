@@ -1,4 +1,4 @@
-//! Threads that help a call to copy, kept between calls.
+//! Threads that help a call to encode and copy, kept between calls.
 #![allow(
     unsafe_code,
     reason = "a borrowed closure is lent to threads that outlive the call, for the time of the call"
@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::leases::lock;
 
-/// Most threads that copy for one call, the caller included: beyond that the memory is the limit.
+/// Most threads that work for one call, the caller included: a few already read as fast as common memory is.
 const MOST: usize = 4;
 
 type Body = dyn Fn() + Sync;

@@ -1,8 +1,8 @@
 //! Chunks of values that this process encodes itself, since only it can reach them.
 
 use std::cell::RefCell;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use shmquant_kernels::{
     Affine, Fault, Kernels, Layout, Mapping, NoFlushing, Range, Values as Floats, ZeroPoints, ZeroPointsMut,
@@ -42,10 +42,23 @@ pub(super) struct Encoding<'a> {
 /// An item whose values are read twice.
 #[derive(Default)]
 struct Passes {
-    ranges: Mutex<Vec<Range>>,
+    state: Mutex<Pass>,
     /// A chunk had a fault: there will be no codes.
     faulty: AtomicBool,
-    params: OnceLock<Option<Params>>,
+    /// Encode chunks to come: with the last one the parameters go, so that they do not add up over the items of a table.
+    left: AtomicUsize,
+}
+
+enum Pass {
+    Ranges(Vec<Range>),
+    /// `None` where a range overflows.
+    Params(Option<Arc<Params>>),
+}
+
+impl Default for Pass {
+    fn default() -> Self {
+        Self::Ranges(Vec::new())
+    }
 }
 
 struct Params {
@@ -71,7 +84,13 @@ impl<'a> Encoding<'a> {
         let descriptor = source.descriptor();
         let twice = list.chunks.iter().any(|chunk| chunk.action == Action::Scan);
         let items = if twice { descriptor.items.len() } else { 0 };
-        Self { source, descriptor, passes: (0..items).map(|_| Passes::default()).collect() }
+        let mut passes: Vec<_> = (0..items).map(|_| Passes::default()).collect();
+        for chunk in list.chunks.iter().filter(|chunk| chunk.action == Action::Encode) {
+            if let Some(passes) = passes.get_mut(chunk.item as usize) {
+                *passes.left.get_mut() += 1;
+            }
+        }
+        Self { source, descriptor, passes }
     }
 
     /// Writes what crosses of a chunk. The Scan chunks of an item have to be over before its Encode chunks begin.
@@ -170,11 +189,12 @@ impl<'a> Encoding<'a> {
             return Err(fault);
         }
         write_ranges(ranges, &mut out[task.parts.ranges.clone()]);
-        let mut all = lock(&passes.ranges);
-        if all.is_empty() {
-            all.resize(task.layout.n_params() as usize, Range::EMPTY);
+        if let Pass::Ranges(all) = &mut *lock(&passes.state) {
+            if all.is_empty() {
+                all.resize(task.layout.n_params() as usize, Range::EMPTY);
+            }
+            all[touched].iter_mut().zip(&*ranges).for_each(|(all, found)| all.merge(*found));
         }
-        all[touched].iter_mut().zip(&*ranges).for_each(|(all, found)| all.merge(*found));
         Ok(Found::default())
     }
 
@@ -185,13 +205,14 @@ impl<'a> Encoding<'a> {
         scratch: &mut Scratch,
         out: &mut [u8],
     ) -> Result<Found, Fault> {
-        let (scales, zero_points) = match (&task.values.params, passes) {
+        let own = match (&task.values.params, passes) {
+            (None, Some(passes)) => passes.params(task.affine),
+            _ => None,
+        };
+        let (scales, zero_points) = match (&task.values.params, &own) {
             (Some(given), _) => (&given.scales, &given.zero_points),
-            (None, Some(passes)) => match passes.params(task.affine) {
-                Some(own) => (&own.scales, &own.zero_points),
-                // The daemon finds the fault in the same ranges.
-                None => return Ok(Found::default()),
-            },
+            (None, Some(own)) => (&own.scales, &own.zero_points),
+            // The daemon finds the fault in the same ranges.
             (None, None) => return Ok(Found::default()),
         };
         let touched = task.parts.touched.start as usize..task.parts.touched.end as usize;
@@ -262,19 +283,25 @@ impl<'a> Task<'a> {
 }
 
 impl Passes {
-    /// The parameters, when all ranges are known; `None` if there are none.
-    fn params(&self, affine: &Affine) -> Option<&Params> {
-        let make = || {
-            if self.faulty.load(Ordering::Relaxed) {
-                return None;
-            }
-            let ranges = std::mem::take(&mut *lock(&self.ranges));
-            let params = ranges.iter().map(|range| params_from_range(*range, affine).ok());
-            let (scales, zero_points) =
-                params.map(|one| one.map(|(scale, zero, _)| (scale, zero))).collect::<Option<_>>()?;
-            Some(Params { scales, zero_points })
-        };
-        self.params.get_or_init(make).as_ref()
+    /// The parameters for one Encode chunk, when all ranges are known; `None` if there are none.
+    fn params(&self, affine: &Affine) -> Option<Arc<Params>> {
+        let mut state = lock(&self.state);
+        if let Pass::Ranges(ranges) = &*state {
+            let sound = !self.faulty.load(Ordering::Relaxed);
+            *state = Pass::Params(sound.then(|| Params::of(ranges, affine)).flatten().map(Arc::new));
+        }
+        let Pass::Params(params) = &mut *state else { return None };
+        let last = self.left.fetch_sub(1, Ordering::Relaxed) == 1;
+        if last { params.take() } else { params.clone() }
+    }
+}
+
+impl Params {
+    fn of(ranges: &[Range], affine: &Affine) -> Option<Self> {
+        let params = ranges.iter().map(|range| params_from_range(*range, affine).ok());
+        let (scales, zero_points) =
+            params.map(|one| one.map(|(scale, zero, _)| (scale, zero))).collect::<Option<_>>()?;
+        Some(Self { scales, zero_points })
     }
 }
 

@@ -129,7 +129,9 @@ impl<'a> Filling<'a> {
     pub(super) fn moves_beyond(&self, mark: usize, at_most: Duration) -> bool {
         let mut state = lock(&self.state);
         if state.running.is_empty() {
-            return state.next != mark || state.failed;
+            // What was held back by ranges that were being looked for may be taken now.
+            let free = !state.stopped && state.next < state.limit.min(self.list.chunks.len());
+            return free || state.next != mark || state.failed;
         }
         state.waiting += 1;
         state = self.changed.wait_timeout(state, at_most).unwrap_or_else(PoisonError::into_inner).0;
@@ -240,7 +242,7 @@ mod tests {
         }
 
         fn fill(&self, chunk: &Chunk, out: &mut [u8]) {
-            assert_eq!(out.len() as u64, chunk.bytes);
+            assert_eq!(out.len() as u64, chunk.work);
             self.fills.fetch_add(1, Ordering::Relaxed);
             out.fill(mark_of(chunk));
         }
@@ -339,6 +341,63 @@ mod tests {
             }
         });
         assert_eq!(source.fills.load(Ordering::Relaxed), list.chunks.len());
+    }
+
+    /// The same for values that are encoded here.
+    fn encoded(granularity: Granularity, sizes: &[u64]) -> Numbered {
+        let mut source = layers(granularity, sizes);
+        for item in &mut source.descriptor.items {
+            let Body::Values(values) = &mut item.body else { continue };
+            values.way = Way::Encoded;
+        }
+        source
+    }
+
+    #[test]
+    fn codes_wait_for_ranges_and_are_not_forgotten_when_these_are_there() {
+        let source = encoded(Granularity::Tensor, &[1 << 20]);
+        let (list, window) = (list_of(&source), window());
+        let filling = Filling::new(&list, &source, &window).unwrap();
+        let scans = list.chunks.iter().filter(|c| c.action == Action::Scan).count();
+        assert!(list.resident && scans == 4 && list.chunks.len() == 8);
+        // Another thread is at the first ranges.
+        let first = filling.claim(&mut lock(&filling.state)).unwrap();
+        while filling.step() {}
+        assert_eq!((filling.watermark(), lock(&filling.state).next), (Some(0), scans));
+        assert!(filling.moves_beyond(0, Duration::ZERO), "it is being worked on");
+        filling.write(first);
+        let mark = filling.watermark().unwrap();
+        assert_eq!(mark, scans);
+        assert!(filling.moves_beyond(mark, Duration::ZERO), "the codes are to be had");
+        while filling.step() {}
+        assert_eq!(filling.watermark(), Some(list.chunks.len()));
+        assert!(!filling.moves_beyond(list.chunks.len(), Duration::ZERO));
+        filling.stop();
+        assert!(!filling.moves_beyond(list.chunks.len(), Duration::ZERO));
+    }
+
+    #[test]
+    fn several_threads_encode_two_passes_in_the_right_order() {
+        for _ in 0..50 {
+            let source = encoded(Granularity::Tensor, &[1 << 20, 300_000, 7, 800_000]);
+            let (list, window) = (list_of(&source), window());
+            let filling = Filling::new(&list, &source, &window).unwrap();
+            std::thread::scope(|scope| {
+                (0..3).for_each(|_| drop(scope.spawn(|| filling.help())));
+            });
+            assert_eq!(filling.watermark(), Some(list.chunks.len()));
+            let alone = Filling::new(&list, &source, &window).unwrap();
+            let read = || -> Vec<Vec<u8>> {
+                let part = |c: &Chunk| {
+                    // SAFETY: nobody writes now.
+                    unsafe { window.part(c.at, c.bytes) }.unwrap().to_vec()
+                };
+                list.chunks.iter().map(part).collect()
+            };
+            let together = read();
+            while alone.step() {}
+            assert!(together == read());
+        }
     }
 
     #[test]

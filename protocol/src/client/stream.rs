@@ -19,15 +19,15 @@ use crate::descriptor::Descriptor;
 use crate::failpoint::failpoint;
 use crate::message::{ErrorCode, Failure, Lease, Message, Naming, Quantize};
 
-/// Up to here all values are written before the request is sent, which makes it one round trip.
+/// Bytes of values up to which all is written before the request is sent, which makes it one round trip.
 const SMALL: u64 = 1 << 20;
-/// From here on other threads help to copy.
+/// Bytes of values from which on other threads help.
 const LARGE: u64 = 4 << 20;
 /// Most bytes between two `WROTE`.
 const ANNOUNCE: u64 = 2 << 20;
 /// How long a cancelled request may take to be answered.
 const AFTERMATH: Duration = Duration::from_secs(10);
-/// How long a call waits for its own copying threads before it looks at the connection again.
+/// How long a call waits for its own threads before it looks at the connection again.
 const GLANCE: Duration = Duration::from_millis(2);
 
 /// What a request needs besides its lane.
@@ -121,8 +121,9 @@ pub(super) fn run(
             stream.pump(wire, &filling, clock)
         };
         // Where others stream, too, they keep the cores busy: this thread is enough, and fewer take turns.
+        let alone = ring == 0 || list.resident;
         let streamed =
-            if total.work >= LARGE && ring == 0 { helpers.with(&|| filling.help(), main) } else { main() };
+            if total.work >= LARGE && alone { helpers.with(&|| filling.help(), main) } else { main() };
         match streamed? {
             Some(message) => message,
             None => stream.answer(wire, Duration::ZERO, clock)?,

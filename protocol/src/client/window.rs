@@ -1,4 +1,4 @@
-//! A lane's window: the memory through which values reach the daemon.
+//! A lane's window: the memory through which everything reaches the daemon.
 #![allow(unsafe_code, reason = "disjoint parts of one mapping are written by several threads")]
 
 use crate::segment::{Backing, Mapping, SegmentError};

@@ -50,7 +50,7 @@ class ShmQuantizer(Allocator):
     lanes : int, optional
         Requests that may run at once.
     window : int, optional
-        Bytes of the segment through which values cross; by default what the daemon proposes.
+        Bytes of the segment through which codes and kept columns cross; by default what the daemon proposes.
     poll : bool, optional
         Whether to spin some microseconds for a reply before sleeping; by default what the daemon proposes.
 
