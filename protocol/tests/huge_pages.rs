@@ -14,7 +14,6 @@ mod smaps;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::num::NonZeroUsize;
-use std::process::{Command, Stdio};
 
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -190,24 +189,7 @@ fn without_huge_pages_all_is_the_same() {
 
 #[test]
 fn a_dev_shm_that_is_too_small_for_huge_pages_is_an_error_and_no_signal() {
-    // A mount namespace of its own, so that /dev/shm can be small there. Needs root or user namespaces.
-    let small = |run: &mut Command| {
-        let (program, args) =
-            (run.get_program().to_owned(), run.get_args().map(ToOwned::to_owned).collect::<Vec<_>>());
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "--map-root-user", "sh", "-c"]);
-        command.arg("mount -t tmpfs -o size=7m tmpfs /dev/shm && exec \"$0\" \"$@\"").arg(program).args(args);
-        command.envs(run.get_envs().filter_map(|(key, value)| Some((key, value?))));
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        command
-    };
-    match small(&mut Command::new("true")).output() {
-        Ok(output) if output.status.success() => {
-            let role = "small-dev-shm";
-            child::expect_success(role, small(&mut child::command(role)).spawn().unwrap());
-        }
-        refused => println!("skipped: a small /dev/shm cannot be mounted here ({refused:?})"),
-    }
+    child::play_beside_small_dev_shm("small-dev-shm", "7m");
 }
 
 /// What the children do; without a role it is nothing.

@@ -18,7 +18,6 @@ use std::hash::{BuildHasher, Hasher};
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::process::{Command, Stdio};
 
 use memmap2::MmapOptions;
 use nix::fcntl::{FallocateFlags, FcntlArg, FdFlag, fallocate, fcntl};
@@ -298,24 +297,7 @@ fn a_daemon_without_standard_input_leaves_no_posix_segment_behind() {
 
 #[test]
 fn a_full_dev_shm_is_an_error() {
-    // A mount namespace of its own, so that /dev/shm can be small there. Needs root or user namespaces.
-    let small = |run: &mut Command| {
-        let (program, args) =
-            (run.get_program().to_owned(), run.get_args().map(ToOwned::to_owned).collect::<Vec<_>>());
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "--map-root-user", "sh", "-c"]);
-        command.arg("mount -t tmpfs -o size=1m tmpfs /dev/shm && exec \"$0\" \"$@\"").arg(program).args(args);
-        command.envs(run.get_envs().filter_map(|(key, value)| Some((key, value?))));
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        command
-    };
-    match small(&mut Command::new("true")).output() {
-        Ok(output) if output.status.success() => {
-            let role = "full-dev-shm";
-            child::expect_success(role, small(&mut child::command(role)).spawn().unwrap());
-        }
-        refused => println!("skipped: a small /dev/shm cannot be mounted here ({refused:?})"),
-    }
+    child::play_beside_small_dev_shm("full-dev-shm", "1m");
 }
 
 /// What the children do; without a role it is nothing.

@@ -37,6 +37,7 @@ pub(crate) struct Groups<'a> {
     pub(crate) stream: bool,
 }
 
+#[cfg(target_arch = "x86_64")]
 impl Groups<'_> {
     /// Those from the `from`th on.
     pub(crate) fn rest(&mut self, from: usize) -> Groups<'_> {
@@ -59,6 +60,7 @@ pub(crate) struct Done {
     pub(crate) degenerate: u64,
 }
 
+#[cfg(target_arch = "x86_64")]
 impl Done {
     pub(crate) fn add(&mut self, other: Self) {
         self.groups += other.groups;

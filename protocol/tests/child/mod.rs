@@ -54,6 +54,27 @@ pub(crate) fn play(role: &str) {
     expect_success(role, start(command(role).stdin(Stdio::null())));
 }
 
+/// Plays a role where /dev/shm has only so much room (`7m`): in a mount namespace of its own, which needs root or user
+/// namespaces; without these it is skipped, and says so.
+pub(crate) fn play_beside_small_dev_shm(role: &str, size: &str) {
+    let small = |run: &mut Command| {
+        let (program, args) =
+            (run.get_program().to_owned(), run.get_args().map(ToOwned::to_owned).collect::<Vec<_>>());
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--map-root-user", "sh", "-c"]);
+        command.arg(format!("mount -t tmpfs -o size={size} tmpfs /dev/shm && exec \"$0\" \"$@\""));
+        command.arg(program).args(args).stdin(Stdio::null());
+        command.envs(run.get_envs().filter_map(|(key, value)| Some((key, value?))));
+        command
+    };
+    match small(&mut Command::new("true")).output() {
+        Ok(output) if output.status.success() => {
+            expect_success(role, start(&mut small(&mut command(role))));
+        }
+        refused => println!("skipped: a small /dev/shm cannot be mounted here ({refused:?})"),
+    }
+}
+
 /// What a child prints when it is through, so that one that did not play its role cannot pass.
 pub(crate) fn done(role: &str) -> String {
     format!("role {role} done")
