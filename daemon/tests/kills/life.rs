@@ -19,6 +19,9 @@ pub(crate) const SMALL: &[u64] = &[1000, 255, 510];
 /// Layers of a request that is streamed: twice the window of 4 MiB.
 pub(crate) const LARGE: &[u64] = &[255_000; 8];
 
+/// Layers whose codes go round in the same window.
+pub(crate) const LARGER: &[u64] = &[255_000; 20];
+
 /// Number and secret.
 pub(crate) type Ticket = (u64, [u8; 16]);
 
@@ -125,6 +128,9 @@ pub(crate) fn live(
         Ok(_) => panic!("a call that was interrupted has a result"),
     }
 
+    for sizes in [SMALL, LARGER] {
+        check(&session.quantize(&Layers::encoded(sizes), &Options::default())?.held, sizes);
+    }
     session.warm(1 << 20, None, None)?;
     for sizes in [SMALL, LARGE] {
         let placed = Placed::new(session, sizes)?;

@@ -46,6 +46,18 @@ impl Layers {
         };
         Self { descriptor }
     }
+
+    /// The same, encoded by the client.
+    #[allow(dead_code, reason = "every test binary has its own copy and uses a part of it")]
+    pub(crate) fn encoded(sizes: &[u64]) -> Self {
+        let mut layers = Self::new(sizes);
+        for item in &mut layers.descriptor.items {
+            if let Body::Values(values) = &mut item.body {
+                values.way = Way::Encoded;
+            }
+        }
+        layers
+    }
 }
 
 impl Source for Layers {
