@@ -268,6 +268,15 @@ def test_waiting_for_memory_that_others_hold_ends_with_the_deadline(serve):
         assert q.quantize(big, timeout=60).table.num_rows == 10_000
 
 
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_a_calls_own_work_ends_with_the_deadline(q, granularity):
+    big = np.ones((50_000, 1024), np.float32)
+    with pytest.raises(DeadlineError):
+        q.quantize(big, granularity=granularity, timeout=0)
+    r = q.quantize(big, granularity=granularity, timeout=60)
+    assert r.table.num_rows == 50_000
+
+
 def test_a_daemon_that_cannot_be_reached_or_started_is_a_connection_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConnectionError) as caught:

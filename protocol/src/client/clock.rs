@@ -72,6 +72,11 @@ impl<'a> Clock<'a> {
         None
     }
 
+    /// The time is over, and not for the daemon's sake: nobody else has anything to say about it.
+    pub(super) fn is_over(&self) -> bool {
+        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+    }
+
     /// Until when a wait may last before `check` has to be called again; `None` for as long as it takes.
     pub(super) fn wait_until(&self) -> Option<Instant> {
         let ask = self.interrupted.map(|_| self.ask);

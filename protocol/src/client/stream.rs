@@ -165,6 +165,8 @@ impl Stream<'_> {
     ) -> Result<Option<Message>, ClientError> {
         let all = self.list.chunks.len();
         let (mut announced, mut consumed) = (0, 0);
+        // It is this call's own work that takes the time.
+        let mut working = false;
         let announce = ANNOUNCE.min(self.list.capacity / 2);
         loop {
             while let Some(event) = wire.look()? {
@@ -172,7 +174,8 @@ impl Stream<'_> {
                     return Ok(Some(message));
                 }
             }
-            if let Some(stop) = clock.check() {
+            let late = working && announced < all && clock.is_over();
+            if let Some(stop) = clock.check().or(late.then_some(Stop::Deadline)) {
                 self.cancelled = Some(stop);
                 filling.stop();
                 let (lane, request) = (wire.lane, wire.request);
@@ -182,7 +185,8 @@ impl Stream<'_> {
                 return Ok(None);
             }
             let wrote = filling.step();
-            // None: a copying thread panicked, and so does this one when all have left.
+            working = wrote;
+            // None: a helping thread panicked, and so does this one when all have left.
             let Some(mark) = filling.watermark() else { return Err(ClientError::Cancelled) };
             let fresh = Amount::of(self.list, announced, mark);
             // A daemon that has nothing to do is told at once.
