@@ -40,11 +40,11 @@ NAN_AT_7 = [*([0.0] * 7), float("nan"), 1.0, float("inf"), float("-inf")]
 CASES = {
     "nan in a layer": (
         lambda q: q.quantize(layers([NAN_AT_7])),
-        r"Layer 'x' contains NaN or Inf at index 7 \(3 in all\)",
+        r"Layer 'x' contains NaN or Inf at index 7 \(3 in all, the first is NaN\)",
     ),
     "nan in a column": (
         lambda q: q.quantize(lists([[0.0] * 11, NAN_AT_7])),
-        r"column 'emb' row 1 contains NaN or Inf at index 7 \(3 in all\)\nhint: on_nonfinite=",
+        r"column 'emb' row 1 contains NaN or Inf at index 7 \(3 in all, the first is NaN\)\nhint: on_nonfinite=",
     ),
     "nothing to quantize": (lambda q: q.quantize(pa.table({"a": [1]})), "nothing to quantize"),
     "integers by name": (lambda q: q.quantize(pa.table({"a": [1]}), columns=["a"]), "'a'"),

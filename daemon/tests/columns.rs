@@ -185,7 +185,10 @@ fn faults_of_columns_name_row_and_index() {
         let spec = spec(Scheme::Int8, granularity, 0);
         table.column("emb", spec, FloatType::F32, Role::Vector, 700, None, to_bytes(&data, FloatType::F32));
         let failure = table.result().err().expect("NaN is refused");
-        assert_eq!(failure.message, "column 'emb' row 3 contains NaN or Inf at index 7 (3 in all)");
+        assert_eq!(
+            failure.message,
+            "column 'emb' row 3 contains NaN or Inf at index 7 (3 in all, the first is -inf)"
+        );
         assert_eq!((failure.row, failure.index, failure.count), (3, 7, 3));
         assert_eq!(failure.value, f64::NEG_INFINITY);
     }

@@ -239,7 +239,7 @@ fn faulty_layers_end_the_request_or_become_null() {
     );
 
     let failure = table.result().err().expect("NaN is refused");
-    assert_eq!(failure.message, "Layer 'x' contains NaN or Inf at index 7 (3 in all)");
+    assert_eq!(failure.message, "Layer 'x' contains NaN or Inf at index 7 (3 in all, the first is NaN)");
     assert_eq!(failure.hint, "on_nonfinite=\"null\" drops the row, \"saturate\" clips it");
     assert_eq!((failure.code, failure.row, failure.index, failure.count), (ErrorCode::InvalidInput, 1, 7, 3));
     assert_eq!(failure.column, "x");
@@ -251,7 +251,7 @@ fn faulty_layers_end_the_request_or_become_null() {
     let batch = done.batch();
     let errors = batch["error"].as_string::<i32>();
     assert!(errors.is_null(0) && !batch["quantized_data"].is_null(0));
-    assert_eq!(errors.value(1), "Layer 'x' contains NaN or Inf at index 7 (3 in all)");
+    assert_eq!(errors.value(1), "Layer 'x' contains NaN or Inf at index 7 (3 in all, the first is NaN)");
     assert_eq!(errors.value(2), "Layer 'wide' has 1e300 at index 11, which does not fit float32");
     assert!(errors.value(3).starts_with("Layer 'ends': the range ["), "{}", errors.value(3));
     assert!(errors.value(4).ends_with("from index 0 on overflows float32"), "{}", errors.value(4));

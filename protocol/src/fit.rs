@@ -406,7 +406,10 @@ fn place(fault: Fault, item: &Item, values: &Values) -> InputError {
     let (what, row, index, value, hint) = match fault {
         Fault::NonFinite { index, count, value } => {
             let (row, index) = at(index);
-            let what = format!("{} contains NaN or Inf at index {index} ({count} in all)", subject(row));
+            let what = format!(
+                "{} contains NaN or Inf at index {index} ({count} in all, the first is {value})",
+                subject(row)
+            );
             (
                 what,
                 row,

@@ -18,7 +18,10 @@ pub(super) fn failure(index: usize, item: &Item, values: &Values, fault: &Fault,
     let (message, hint, (row, index), value) = match fault {
         Fault::NonFinite { index, value, .. } => {
             let (row, at) = place(*index);
-            let message = format!("{} contains NaN or Inf at index {at} ({count} in all)", name(row));
+            let message = format!(
+                "{} contains NaN or Inf at index {at} ({count} in all, the first is {value})",
+                name(row)
+            );
             let hint = "on_nonfinite=\"null\" drops the row, \"saturate\" clips it";
             (message, hint, (row, at), f64::from(*value))
         }

@@ -70,7 +70,7 @@ fn what_goes_wrong_is_told_and_leaves_nothing_behind() -> Outcome {
         (&["quantize", "m.safetensors", "no/such/dir/o.arrow", "-q"], "no/such/dir"),
         (
             &["quantize", "nan.safetensors", "keep.arrow"],
-            "Layer 'w' contains NaN or Inf at index 1 (2 in all)",
+            "Layer 'w' contains NaN or Inf at index 1 (2 in all, the first is NaN)",
         ),
         (&["dequantize", "m.safetensors", "o.arrow"], "hint: "),
         (&["info", "junk"], "hint: "),
