@@ -44,7 +44,7 @@ CASES = {
     ),
     "nan in a column": (
         lambda q: q.quantize(lists([[0.0] * 11, NAN_AT_7])),
-        r"column 'emb' row 1 contains NaN or Inf at index 7 \(3 in all, the first is NaN\)\nhint: on_nonfinite=",
+        r"column 'emb' row 1 contains NaN or Inf at index 7 \(3 in all, the first is NaN\)\nhint: on_non",
     ),
     "nothing to quantize": (lambda q: q.quantize(pa.table({"a": [1]})), "nothing to quantize"),
     "integers by name": (lambda q: q.quantize(pa.table({"a": [1]}), columns=["a"]), "'a'"),
