@@ -30,5 +30,8 @@ pub use metrics::{Sums, measure};
 pub use packing::{pack, packed_len, unpack};
 pub use path::Kernels;
 pub use quantize::{encode, fused, scan};
-pub use scheme::{Affine, Arith, Mapping, Range, Scheme, TINY, ZeroPoints, ZeroPointsMut, params_from_range};
+pub use scheme::{
+    Affine, Arith, DomainParams, Mapping, Range, Scheme, TINY, ZeroPoints, ZeroPointsMut, params_from_range,
+    params_from_ranges,
+};
 pub use values::{FloatType, Values};

@@ -219,6 +219,34 @@ pub fn params_from_range(range: Range, affine: &Affine) -> Result<(f32, i32, boo
     affine.rule().params(range).ok_or(overflow)
 }
 
+/// The parameters of many domains, in their order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DomainParams {
+    /// One scale a domain.
+    pub scales: Vec<f32>,
+    /// One zero point a domain.
+    pub zero_points: Vec<i32>,
+    /// How many of the domains are degenerate.
+    pub degenerate: u64,
+}
+
+/// [`params_from_range`] of each of many domains.
+///
+/// # Errors
+/// The first domain whose range overflows, and its fault.
+pub fn params_from_ranges(ranges: &[Range], affine: &Affine) -> Result<DomainParams, (usize, Fault)> {
+    let (scales, zero_points) = (Vec::with_capacity(ranges.len()), Vec::with_capacity(ranges.len()));
+    let mut params = DomainParams { scales, zero_points, degenerate: 0 };
+    for (domain, range) in ranges.iter().enumerate() {
+        let (scale, zero_point, degenerate) =
+            params_from_range(*range, affine).map_err(|fault| (domain, fault))?;
+        params.scales.push(scale);
+        params.zero_points.push(zero_point);
+        params.degenerate += u64::from(degenerate);
+    }
+    Ok(params)
+}
+
 /// An [`Affine`]'s way from a range to parameters, in the floats that it computes with.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rule {

@@ -6,8 +6,8 @@ use arrow_array::RecordBatch;
 use arrow_schema::SchemaRef;
 use serde::{Deserialize, Serialize};
 use shmquant_kernels::{
-    Affine, Fault, Granularity, Mapping, NoFlushing, OnNonFinite, Range, Scheme, Values as Floats,
-    params_from_range, scan,
+    Affine, DomainParams, Fault, Granularity, Mapping, NoFlushing, OnNonFinite, Range, Scheme,
+    Values as Floats, params_from_ranges, scan,
 };
 
 use crate::chunks::{Action, CHUNK_BYTES, Chunk};
@@ -276,20 +276,13 @@ struct EntryJson {
 
 impl Entry {
     fn of(name: &str, ranges: Vec<Range>, affine: &Affine) -> Result<Self, InputError> {
-        let mut scales = Vec::with_capacity(ranges.len());
-        let mut zero_points = Vec::with_capacity(ranges.len());
-        for (i, range) in ranges.iter().enumerate() {
-            let (scale, zero_point, _) = params_from_range(*range, affine).map_err(|_| {
-                let what = format!(
-                    "'{name}': the range {:e} to {:e} at {i} overflows float32",
-                    range.min, range.max
-                );
+        let DomainParams { scales, zero_points, .. } =
+            params_from_ranges(&ranges, affine).map_err(|(i, _)| {
+                let Range { min, max } = ranges[i];
+                let what = format!("'{name}': the range {min:e} to {max:e} at {i} overflows float32");
                 let details = InputError::column(name, what).hint("a symmetric scheme needs no range");
                 InputError::Value(Box::new(Details { index: Some(i as u64), ..details }))
             })?;
-            scales.push(scale);
-            zero_points.push(zero_point);
-        }
         let params = Params { id: params_id(&scales, &zero_points), scales, zero_points };
         Ok(Self { params, ranges: Some(ranges) })
     }

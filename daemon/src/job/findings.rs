@@ -5,7 +5,6 @@ use shmquant_protocol::chunks::{Action, Chunk};
 use shmquant_protocol::findings::{self, HEADER, read_ranges};
 
 use super::access::{self, Parts};
-use super::item::Known;
 use super::{Found, Job, OUTSIDE, Second, Stopped};
 use crate::plan::ValuesTarget;
 
@@ -85,12 +84,8 @@ impl Job {
         zeros.resize(scales.len(), 0);
         let Some(out) = &mut place.scales else {
             debug_assert!(matches!(target.layout.granularity, Granularity::Tensor | Granularity::Dimension));
-            let scales: Vec<f32> = scales.collect();
-            let zeros = zeros.iter().map(zero).collect();
-            let degenerate = std::mem::take(&mut found.counters.n_degenerate_groups);
-            let known = Known::Own { scales, zeros, degenerate };
-            let set = self.items[chunk.item as usize].known.set(known);
-            return set.map_err(|_| Stopped::Broken("two chunks made the same parameters"));
+            let (scales, zeros) = (scales.collect(), zeros.iter().map(zero).collect());
+            return self.items[chunk.item as usize].keep(scales, zeros, &mut found.counters);
         };
         out.iter_mut().zip(scales).for_each(|(out, scale)| *out = scale);
         match &mut place.zeros {

@@ -4,8 +4,12 @@ use std::ops;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use super::Stopped;
 use super::access::Region;
-use shmquant_kernels::{Affine, Fault, Granularity, Layout, Mapping, Range, params_from_range};
+use shmquant_kernels::{
+    Affine, Counters, DomainParams, Fault, Granularity, Layout, Mapping, Range, params_from_range,
+    params_from_ranges,
+};
 
 /// What the chunks of one item share.
 #[derive(Debug, Default)]
@@ -82,19 +86,24 @@ impl ItemState {
     pub(super) fn own(&self, layout: &Layout, affine: &Affine) -> Known {
         let guard = self.ranges.lock().unwrap_or_else(PoisonError::into_inner);
         let Ranges::Own(ranges) = &*guard else { return Known::Broken };
-        let (mut scales, mut zeros, mut degenerate) =
-            (Vec::with_capacity(ranges.len()), Vec::with_capacity(ranges.len()), 0);
-        for (domain, range) in ranges.iter().enumerate() {
-            match params_from_range(*range, affine) {
-                Ok((scale, zero, is_degenerate)) => {
-                    scales.push(scale);
-                    zeros.push(zero);
-                    degenerate += u64::from(is_degenerate);
-                }
-                Err(fault) => return Known::Fault(at_domain(fault, layout, domain as u64)),
+        match params_from_ranges(ranges, affine) {
+            Ok(DomainParams { scales, zero_points: zeros, degenerate }) => {
+                Known::Own { scales, zeros, degenerate }
             }
+            Err((domain, fault)) => Known::Fault(at_domain(fault, layout, domain as u64)),
         }
-        Known::Own { scales, zeros, degenerate }
+    }
+
+    /// Keeps parameters that one chunk made of whole domains; their degenerate ones are counted with them.
+    pub(super) fn keep(
+        &self,
+        scales: Vec<f32>,
+        zeros: Vec<i32>,
+        counters: &mut Counters,
+    ) -> Result<(), Stopped> {
+        let degenerate = std::mem::take(&mut counters.n_degenerate_groups);
+        let set = self.known.set(Known::Own { scales, zeros, degenerate });
+        set.map_err(|_| Stopped::Broken("two chunks made the same parameters"))
     }
 }
 

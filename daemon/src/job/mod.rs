@@ -256,11 +256,7 @@ impl Job {
                 true => vec![0; n],
                 false => own_zeros.iter().map(|z| *z as i32).collect(),
             };
-            let degenerate = found.counters.n_degenerate_groups;
-            let known = Known::Own { scales: own_scales, zeros, degenerate };
-            // Counted with the parameters.
-            found.counters.n_degenerate_groups = 0;
-            state.known.set(known).map_err(|_| Stopped::Broken("two chunks made the same parameters"))?;
+            state.keep(own_scales, zeros, &mut found.counters)?;
         }
         Ok(found)
     }

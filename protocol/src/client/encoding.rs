@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use shmquant_kernels::{
-    Affine, Fault, Kernels, Layout, Mapping, NoFlushing, Range, Values as Floats, ZeroPoints, ZeroPointsMut,
-    measure, params_from_range, scan,
+    Affine, DomainParams, Fault, Kernels, Layout, Mapping, NoFlushing, Range, Values as Floats, ZeroPoints,
+    ZeroPointsMut, measure, params_from_ranges, scan,
 };
 
 use super::leases::lock;
@@ -52,18 +52,13 @@ struct Passes {
 enum Pass {
     Ranges(Vec<Range>),
     /// `None` where a range overflows.
-    Params(Option<Arc<Params>>),
+    Params(Option<Arc<DomainParams>>),
 }
 
 impl Default for Pass {
     fn default() -> Self {
         Self::Ranges(Vec::new())
     }
-}
-
-struct Params {
-    scales: Vec<f32>,
-    zero_points: Vec<i32>,
 }
 
 /// A chunk and all that the kernels want to know of it.
@@ -284,24 +279,16 @@ impl<'a> Task<'a> {
 
 impl Passes {
     /// The parameters for one Encode chunk, when all ranges are known; `None` if there are none.
-    fn params(&self, affine: &Affine) -> Option<Arc<Params>> {
+    fn params(&self, affine: &Affine) -> Option<Arc<DomainParams>> {
         let mut state = lock(&self.state);
         if let Pass::Ranges(ranges) = &*state {
             let sound = !self.faulty.load(Ordering::Relaxed);
-            *state = Pass::Params(sound.then(|| Params::of(ranges, affine)).flatten().map(Arc::new));
+            *state =
+                Pass::Params(sound.then(|| params_from_ranges(ranges, affine).ok()).flatten().map(Arc::new));
         }
         let Pass::Params(params) = &mut *state else { return None };
         let last = self.left.fetch_sub(1, Ordering::Relaxed) == 1;
         if last { params.take() } else { params.clone() }
-    }
-}
-
-impl Params {
-    fn of(ranges: &[Range], affine: &Affine) -> Option<Self> {
-        let params = ranges.iter().map(|range| params_from_range(*range, affine).ok());
-        let (scales, zero_points) =
-            params.map(|one| one.map(|(scale, zero, _)| (scale, zero))).collect::<Option<_>>()?;
-        Some(Self { scales, zero_points })
     }
 }
 
